@@ -1,0 +1,69 @@
+"""The table of what can be trained: per layer, and the head. Everything else in the model is a constant."""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from irtune.errors import ModelError
+from irtune.models import Anatomy
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+@dataclass
+class LayerTable:
+    """Trainable parameters by place.
+
+    layers: for each of the L layers, its adapter parameters with their names in the model.
+    head: parameters that always train.
+    modules: the L layer modules themselves.
+    """
+
+    layers: list[Named]
+    head: Named
+    modules: list[nn.Module]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    def all(self) -> Named:
+        """Every parameter of the table, layer by layer, the head last."""
+        return [item for layer in self.layers for item in layer] + self.head
+
+    def set_trainable(self, selected: list[int]) -> None:
+        """Gradients for the selected layers and the head; the other layers become constants."""
+        for number, layer in enumerate(self.layers):
+            for _, parameter in layer:
+                parameter.requires_grad_(number in selected)
+        for _, parameter in self.head:
+            parameter.requires_grad_(True)
+
+
+def build_table(model: nn.Module, anatomy: Anatomy) -> LayerTable:
+    """Sort the parameters of `model` that require gradients into layers and head.
+
+    Raises:
+        ModelError: when a layer has no trainable parameter, or one lies in neither a layer nor the head.
+    """
+    layers: list[Named] = [[] for _ in range(anatomy.num_layers)]
+    head: Named = []
+    in_layer = re.compile(rf"(?:^|\.){re.escape(anatomy.layers)}\.(\d+)\.")
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        match = in_layer.search(name)
+        if match:
+            layers[int(match.group(1))].append((name, parameter))
+        elif any(f".{part}." in f".{name}" for part in anatomy.head):
+            head.append((name, parameter))
+        else:
+            raise ModelError(f"trainable parameter {name} lies in neither a layer nor the head")
+    empty = [number for number, layer in enumerate(layers) if not layer]
+    if empty:
+        raise ModelError(f"no adapter in layers {empty}: adapter.target_modules does not reach them")
+    suffix = f".{anatomy.layers}"
+    lists = [module for name, module in model.named_modules() if f".{name}".endswith(suffix)]
+    return LayerTable(layers, head, list(lists[0].children()))

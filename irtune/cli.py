@@ -1,0 +1,59 @@
+"""Entry points: errors that a user can mend become one message and exit status 2, without a traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from irtune.config import load_config
+from irtune.errors import ConfigError, IrtuneError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Run `train.py` with `arguments`; returns the exit status."""
+    show_traceback = any(argument.startswith("--run.traceback") for argument in arguments)
+    try:
+        config = load_config(arguments)
+        show_traceback = config.run.traceback
+        # Imported late: a mistake in the configuration is reported at once, without loading torch.
+        from irtune.app import run
+
+        results = run(config)
+    except IrtuneError as error:
+        if show_traceback:
+            traceback.print_exc()
+        _report(error)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if results is not None:
+        _summary(results, config.run.output_dir)
+    return 0
+
+
+def _report(error: IrtuneError) -> None:
+    """Rank 0 speaks for errors that all ranks share; a rank that fails alone speaks for itself."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        sys.stderr.write(f"error: {error}\n")
+    elif not isinstance(error, ConfigError):
+        sys.stderr.write(f"error on rank {rank}: {error}\n")
+    sys.stderr.flush()
+
+
+def _summary(results: dict, folder: str) -> None:
+    dev = results["dev"]
+    sys.stdout.write(
+        f"\ndev accuracy {dev['accuracy']:.3f}, macro-F1 {dev['macro_f1']:.3f}, AUPRC {dev['auprc']:.3f} "
+        f"({dev['examples']} examples, step {results['best_step']})\n"
+        f"layers trained: {results['layers_trained_per_step']:.1f} of {results['num_layers']} per step "
+        f"({results['layers_ever_trained']} ever)\n"
+        f"optimizer state per rank: {results['optimizer_state_bytes']:,} bytes now, "
+        f"{results['optimizer_state_bytes_at_selections']['max']:,} at most\n"
+        f"{results['steps']} steps in {results['wall_seconds']:.0f} s "
+        f"({results['examples_per_second']:.1f} examples/s on {results['world_size']} rank(s))\n"
+        f"results in {folder}; pictures: tensorboard --bind_all=false --logdir {folder}/tensorboard\n"
+    )

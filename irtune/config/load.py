@@ -1,0 +1,177 @@
+"""Read a YAML file and dotted overrides into a `Config`, collecting every error before raising one."""
+
+import difflib
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from irtune.config.presets import fill_presets
+from irtune.config.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TuningConfig,
+)
+from irtune.config.validate import check_config
+from irtune.errors import ConfigError
+
+SECTIONS = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "tuning": TuningConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+# Written by the launchers themselves; the rank comes from the environment, so the value is not used.
+LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
+
+
+@functools.cache
+def parser() -> jsonargparse.ArgumentParser:
+    """The parser that knows every option with its type, default and help."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    built = jsonargparse.ArgumentParser(
+        prog="train.py",
+        exit_on_error=False,
+        description="Fine-tune a language model layer by layer. "
+        "Example: deepspeed --num_gpus 2 train.py --config launch/recipes/iterater-smollm2.yaml --optim.lr 1e-4",
+    )
+    built.add_argument("--config", type=str, help="YAML file with the sections below; options given beside it win.")
+    for name, section in SECTIONS.items():
+        built.add_class_arguments(section, name)
+    built.add_argument(
+        "--deepspeed", type=str, default=Config.deepspeed, help="DeepSpeed JSON file with the engine's settings."
+    )
+    return built
+
+
+def known_keys() -> list[str]:
+    """All dotted keys, for example `optim.lr`."""
+    keys = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.__dataclass_fields__]
+    return [*keys, "deepspeed"]
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """Build the configuration from command-line `arguments` (without the program's name).
+
+    Raises:
+        ConfigError: with all problems of the file, the overrides and their combination.
+        SystemExit: for `--help`.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        parser().parse_args(["--help"])
+    problems: list[str] = []
+    file, overrides = _split_arguments(arguments, problems)
+    values = _read_yaml(file, problems) if file is not None else {}
+    checked = _typed(values, f"{file}: ", problems, from_command_line=False)
+    checked |= _typed(overrides, "", problems, from_command_line=True)
+    config = _instantiate(fill_presets(checked))
+    problems += check_config(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved `config` as YAML; `--config` reads it again."""
+    plain = {name: dict(vars(getattr(config, name))) for name in SECTIONS} | {"deepspeed": config.deepspeed}
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _split_arguments(arguments: Sequence[str], problems: list[str]) -> tuple[str | None, dict[str, str]]:
+    """Take `--key value` and `--key=value` apart; returns the configuration file and the overrides as text."""
+    overrides: dict[str, str] = {}
+    file = None
+    queue = list(arguments)
+    while queue:
+        token = queue.pop(0)
+        if not token.startswith("--"):
+            problems.append(f"unexpected argument {token!r}: options are written --section.key VALUE")
+            continue
+        key, equals, value = token.partition("=")
+        if not equals:
+            if not queue or (queue[0].startswith("--")):
+                problems.append(f"option {key} needs a value")
+                continue
+            value = queue.pop(0)
+        if key in LAUNCHER_OPTIONS:
+            continue
+        if key == "--config":
+            file = value
+        else:
+            overrides[key.removeprefix("--")] = value
+    return file, overrides
+
+
+def _read_yaml(file: str, problems: list[str]) -> dict[str, Any]:
+    """Read a YAML file into dotted keys."""
+    try:
+        content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        problems.append(f"cannot read the configuration file {file!r}: {error.strerror}")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"{file!r} is not valid YAML: {' '.join(str(error).split())}")
+        return {}
+    if not isinstance(content, dict):
+        problems.append(f"{file!r} must hold sections ({', '.join(SECTIONS)}), not a {type(content).__name__}")
+        return {}
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in SECTIONS and isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        elif name in SECTIONS and value is not None:
+            problems.append(f"{file}: section {name!r} must hold keys and values, not {value!r}")
+        elif name not in SECTIONS:
+            flat[str(name)] = value
+    return flat
+
+
+def _typed(
+    values: dict[str, Any], where: str, problems: list[str], *, from_command_line: bool
+) -> dict[str, Any]:
+    """Check each key and value on its own, so that one bad value does not hide the next."""
+    good: dict[str, Any] = {}
+    keys = known_keys()
+    for key, value in values.items():
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else f"; sections are {', '.join(SECTIONS)}"
+            problems.append(f"{where}unknown option {key!r}{hint}")
+            continue
+        try:
+            if from_command_line:
+                parsed = parser().parse_args([f"--{key}={value}"])
+            else:
+                section, _, field = key.rpartition(".")
+                parsed = parser().parse_object({section: {field: value}} if section else {key: value})
+            good[key] = parsed[key]
+        except Exception as error:  # jsonargparse raises several kinds for a value of the wrong type
+            problems.append(f"{where}{key}: {_accepted(key)}, not {value!r}" if _accepted(key) else f"{key}: {error}")
+    return good
+
+
+def _accepted(key: str) -> str:
+    """What the option takes, in words, from its declared type."""
+    section, _, field = key.rpartition(".")
+    declared = SECTIONS[section].__dataclass_fields__[field].type if section else str
+    text = getattr(declared, "__name__", None) if isinstance(declared, type) else str(declared)
+    text = (text or str(declared)).replace("typing.Literal", "one of ").replace("NoneType", "null")
+    return "takes " + text.replace("None", "null")
+
+
+def _instantiate(flat: dict[str, Any]) -> Config:
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    rest: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, field = key.rpartition(".")
+        (sections[section] if section else rest)[field] = value
+    return Config(**{name: SECTIONS[name](**sections[name]) for name in SECTIONS}, **rest)

@@ -1,0 +1,181 @@
+"""The sections of a configuration. The text under each field is its help on the command line."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The pretrained model."""
+
+    name_or_path: str = "~/.cache/irtune/SmolLM2-135M-Instruct"
+    """Local folder, hub id, or a preset: llama3.1-8b, llama2-13b, mistral-7b, deepseek-r1-distil-8b, qwen3-8b, phi-2."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Number format of the base weights and of the computation."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Format of the frozen base weights."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off for models you do not trust."""
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """What is put into every layer."""
+
+    type: Literal["lora", "dora", "rslora"] = "lora"
+    """Kind of adapter."""
+    r: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """Scale of the update: alpha / r for lora."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input during training."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear modules that get an adapter, or all-linear: every one except the classification head."""
+    dtype: Literal["float32", "model"] = "float32"
+    """Format of adapters and head: float32 needs no master copy under ZeRO 0 and 3; model follows model.dtype and keeps
+    an fp32 master copy where that is lower precision."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The corpus and how a row becomes text."""
+
+    preset: Literal["iterater-human", "argrewrite"] | None = None
+    """Known corpus: sets the columns and the labels that are dropped. Keys given beside it win."""
+    path: str | None = None
+    """A file (then it is the training split), a folder with train, dev and test files, or a hub id."""
+    train: str | None = None
+    """File of the training split, when it is not found by data.path."""
+    dev: str | None = None
+    """File of the development split, when it is not found by data.path."""
+    test: str | None = None
+    """File of the test split, when it is not found by data.path. Evaluated once, at the end."""
+    before: str = "before"
+    """Column with the text before the revision (or the only text)."""
+    after: str | None = "after"
+    """Column with the text after the revision; null for the classification of single texts."""
+    label: str = "label"
+    """Column with the label."""
+    id: str = "id"
+    """Column with an example's id. Where it is missing, an example is called SPLIT:ROW."""
+    labels: list[str] | dict[str, str] | None = None
+    """Labels in order of their numbers, or a map from raw label to label; null: those of the training split, sorted."""
+    drop_labels: list[str] = field(default_factory=list)
+    """Rows with one of these raw labels are left out."""
+    max_length: int = 256
+    """Longest input in tokens. The longer of the two texts is shortened first; the template is never cut."""
+    prompt: Literal["plain", "instruction", "tagged"] = "tagged"
+    """How a pair is written: plain pair, instruction with the list of labels, or <old>...</old><new>...</new>."""
+
+
+@dataclass(kw_only=True)
+class TuningConfig:
+    """Which layers are trained."""
+
+    method: Literal["ir", "full", "rst"] = "ir"
+    """ir: layers whose gradient norms stand out; full: all layers; rst: random layers at every selection."""
+    preset: Literal["default", "reference"] = "default"
+    """default: rms, fresh, otsu, every 10 steps. reference: the published code's choices (reference score, stale,
+    reference rule, every step, random first half). Keys given beside it win."""
+    score: Literal["rms", "global", "reference", "weight", "cosine"] = "rms"
+    """What a layer's importance is."""
+    scores: Literal["fresh", "stale"] = "fresh"
+    """fresh: every layer is scored on a selection step; stale: a frozen layer keeps its last score."""
+    first: Literal["probe", "random_half"] = "probe"
+    """First selection: scores of the first global batch before any update, or a random half of the layers."""
+    rule: Literal["otsu", "reference"] = "otsu"
+    """How sorted scores are cut into a frozen and a trained group."""
+    num_splits: int = 1
+    """How often the trained group is cut again (1: not)."""
+    interval: int = 10
+    """Optimizer steps between selections."""
+    min_fraction: float = 0.10
+    """Smallest share of layers that otsu selects."""
+    max_fraction: float = 0.65
+    """Largest share of layers that otsu selects."""
+    ema: float = 0.0
+    """Smoothing of scores: s <- ema * s_old + (1 - ema) * s_new."""
+    fraction: float = 0.125
+    """Share of layers that rst trains."""
+    deselected_state: Literal["offload", "drop"] = "offload"
+    """Optimizer state of a layer that is frozen: parked in host memory and restored bit for bit, or thrown away."""
+    max_bad_scores: int = 10
+    """Selections in a row with scores that are not finite before training stops."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Optimizer, schedule and batch."""
+
+    lr: float = 5e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the layers that are being trained and the head."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of Adam's two moments."""
+    eps: float = 1e-8
+    """Adam's denominator offset."""
+    warmup_steps: int = 10
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up; linear and cosine end at 0."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it; 0 switches clipping off."""
+    epochs: float = 1.0
+    """Passes over the training split, unless max_steps is set."""
+    max_steps: int | None = None
+    """Optimizer steps in all; overrides epochs."""
+    micro_batch_size: int = 8
+    """Examples per rank and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per rank and optimizer step."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where results go and how often."""
+
+    output_dir: str = "runs/default"
+    """Folder that the run writes; nothing is written outside it."""
+    seed: int = 0
+    """Seed of everything random: initialisation, order, dropout, random selection."""
+    log_every: int = 10
+    """Optimizer steps between log lines."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations on the dev split; 0: once per epoch."""
+    save_every: int = 0
+    """Optimizer steps between checkpoints; 0: after each evaluation."""
+    keep_last: int = 2
+    """Checkpoints that are kept besides the best one."""
+    best_metric: Literal["macro_f1", "accuracy", "auprc", "loss"] = "macro_f1"
+    """Dev metric by which the best checkpoint is chosen (loss: lower is better)."""
+    resume: str = "auto"
+    """auto: go on from the last checkpoint in output_dir if there is one; never: refuse a folder that has one; or a
+    checkpoint folder."""
+    deterministic: bool = False
+    """Only deterministic kernels (slower on a GPU)."""
+    timeout_seconds: int = 1800
+    """Longest wait for another rank before the run stops with an error."""
+    max_bad_steps: int = 10
+    """Steps in a row with a loss that is not finite before training stops."""
+    traceback: bool = False
+    """Show the traceback of user errors as well."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole configuration."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    deepspeed: str = "ds_configs/zero2.json"
+    """DeepSpeed JSON file with the engine's settings."""

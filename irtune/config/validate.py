@@ -1,0 +1,94 @@
+"""Checks that need more than one value's type. Nothing is loaded here; every problem is returned."""
+
+import math
+
+from irtune.config.schema import Config
+
+MAX_SPLITS = 8
+
+
+def check_config(config: Config) -> list[str]:
+    """Return one sentence per problem in `config`; an empty list means that it can be tried."""
+    return [*_check_numbers(config), *_check_data(config), *_check_combinations(config)]
+
+
+def _check_numbers(config: Config) -> list[str]:
+    optim, tuning, run, adapter, data = config.optim, config.tuning, config.run, config.adapter, config.data
+    rules: list[tuple[str, float, bool, str]] = [
+        ("model.name_or_path", 0, bool(config.model.name_or_path.strip()), "a folder, a hub id or a preset"),
+        ("adapter.r", adapter.r, adapter.r >= 1, "a whole number of at least 1"),
+        ("adapter.alpha", adapter.alpha, 0 < adapter.alpha < math.inf, "a number above 0"),
+        ("adapter.dropout", adapter.dropout, 0 <= adapter.dropout < 1, "a number from 0 to below 1"),
+        ("data.max_length", data.max_length, data.max_length >= 16, "a whole number of at least 16"),
+        ("tuning.num_splits", tuning.num_splits, 1 <= tuning.num_splits <= MAX_SPLITS, f"1 to {MAX_SPLITS}"),
+        ("tuning.interval", tuning.interval, tuning.interval >= 1, "a whole number of at least 1"),
+        ("tuning.min_fraction", tuning.min_fraction, 0 <= tuning.min_fraction <= 1, "a number from 0 to 1"),
+        ("tuning.max_fraction", tuning.max_fraction, 0 < tuning.max_fraction <= 1, "a number above 0, at most 1"),
+        ("tuning.ema", tuning.ema, 0 <= tuning.ema < 1, "a number from 0 to below 1"),
+        ("tuning.fraction", tuning.fraction, 0 < tuning.fraction <= 1, "a number above 0, at most 1"),
+        ("tuning.max_bad_scores", tuning.max_bad_scores, tuning.max_bad_scores >= 1, "at least 1"),
+        ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "a number above 0"),
+        ("optim.weight_decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "a number of at least 0"),
+        ("optim.eps", optim.eps, 0 < optim.eps < 1, "a number between 0 and 1"),
+        ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "a whole number of at least 0"),
+        ("optim.max_grad_norm", optim.max_grad_norm, 0 <= optim.max_grad_norm < math.inf, "a number of at least 0"),
+        ("optim.epochs", optim.epochs, 0 < optim.epochs < math.inf, "a number above 0"),
+        ("optim.max_steps", optim.max_steps or 0, optim.max_steps is None or optim.max_steps >= 1, "at least 1"),
+        ("optim.micro_batch_size", optim.micro_batch_size, optim.micro_batch_size >= 1, "at least 1"),
+        (
+            "optim.gradient_accumulation_steps",
+            optim.gradient_accumulation_steps,
+            optim.gradient_accumulation_steps >= 1,
+            "at least 1",
+        ),
+        ("run.seed", run.seed, 0 <= run.seed < 2**31, "a whole number from 0 to 2147483647"),
+        ("run.log_every", run.log_every, run.log_every >= 1, "at least 1"),
+        ("run.eval_every", run.eval_every, run.eval_every >= 0, "at least 0"),
+        ("run.save_every", run.save_every, run.save_every >= 0, "at least 0"),
+        ("run.keep_last", run.keep_last, run.keep_last >= 1, "at least 1"),
+        ("run.timeout_seconds", run.timeout_seconds, run.timeout_seconds >= 1, "at least 1"),
+        ("run.max_bad_steps", run.max_bad_steps, run.max_bad_steps >= 1, "at least 1"),
+    ]
+    problems = [f"{key} is {value!r}; accepted: {accepted}" for key, value, good, accepted in rules if not good]
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        problems.append(f"optim.betas is {optim.betas!r}; accepted: two numbers from 0 to below 1")
+    if tuning.min_fraction > tuning.max_fraction:
+        problems.append(
+            f"tuning.min_fraction ({tuning.min_fraction}) is above tuning.max_fraction ({tuning.max_fraction})"
+        )
+    return problems
+
+
+def _check_data(config: Config) -> list[str]:
+    data = config.data
+    problems = []
+    if data.path is None and data.train is None:
+        problems.append("no corpus: set data.path (file, folder or hub id) or data.train")
+    names = list(data.labels.values()) if isinstance(data.labels, dict) else data.labels
+    if isinstance(data.labels, list) and len(set(data.labels)) != len(data.labels):
+        problems.append(f"data.labels names a label twice: {data.labels}")
+    if names is not None and len(set(names)) < 2:
+        problems.append(f"data.labels has {len(set(names))} label(s); at least 2 are needed: {names}")
+    columns = [column for column in (data.before, data.after, data.label) if column is not None]
+    if len(set(columns)) != len(columns):
+        problems.append(f"data.before, data.after and data.label must be different columns, not {columns}")
+    return problems
+
+
+def _check_combinations(config: Config) -> list[str]:
+    problems = []
+    if config.model.quantization != "none":
+        problems.append(
+            f"model.quantization is {config.model.quantization!r}; accepted for now: none (quantised base weights are "
+            "not built yet)"
+        )
+    if config.adapter.dtype == "float32" and config.model.dtype == "float16":
+        problems.append(
+            "adapter.dtype float32 needs model.dtype float32 or bfloat16; with float16 set adapter.dtype to model"
+        )
+    if config.tuning.score in ("weight", "cosine") and config.tuning.scores == "stale":
+        problems.append(
+            f"tuning.scores stale has no meaning for tuning.score {config.tuning.score}, which frozen layers have too; "
+            "use fresh"
+        )
+    return problems

@@ -1,0 +1,95 @@
+"""From a pair of texts to token ids: a template around them that is never cut."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from irtune.config.schema import DataConfig
+from irtune.data.corpus import Example
+from irtune.errors import ConfigError
+
+# Pieces of each template around {before} and {after}. The instruction also gets the list of labels.
+TAGGED = ("<old>", "</old>\n<new>", "</new>")
+INSTRUCTION = (
+    "Why was this text revised? Possible intentions: {labels}.\nBefore: ",
+    "\nAfter: ",
+    "\nIntention:",
+)
+PAIR_SEPARATOR = "\n"  # for tokenizers without a separator of their own
+
+
+class Encoder:
+    """Turns examples into token ids no longer than `data.max_length`.
+
+    The tokenizer's own special tokens stand where it puts them around one text (or between two, for `plain` with
+    tokenizers that have a separator). Text that looks like a special token is split like any other text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: Sequence[str]):
+        """Prepare the template.
+
+        Raises:
+            ConfigError: when the template alone is longer than `data.max_length`.
+        """
+        self.tokenizer = tokenizer
+        self.max_length = data.max_length
+        self.has_pair = data.after is not None
+        self.token_types = "token_type_ids" in tokenizer.model_input_names
+        self.head, self.middle, self.tail = self._template(data.prompt, labels)
+        self.budget = data.max_length - len(self.head) - len(self.middle) - len(self.tail)
+        if self.budget < 2:
+            raise ConfigError(
+                f"data.max_length is {data.max_length}, but the {data.prompt} template alone takes "
+                f"{data.max_length - self.budget} tokens; accepted: at least {data.max_length - self.budget + 2}"
+            )
+
+    def _template(self, prompt: str, labels: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
+        """Token ids before, between and after the texts."""
+        start, end = self._specials()
+        if not self.has_pair:
+            return start, [], end
+        if prompt == "plain":
+            separator = self.tokenizer.sep_token_id
+            return start, [separator] if separator is not None else self._ids(PAIR_SEPARATOR), end
+        pieces = TAGGED if prompt == "tagged" else INSTRUCTION
+        head, middle, tail = (self._ids(piece.format(labels=", ".join(labels))) for piece in pieces)
+        return start + head, middle, tail + end
+
+    def _specials(self) -> tuple[list[int], list[int]]:
+        """Special tokens that the tokenizer puts before and after one text."""
+        plain = self._ids("a")
+        full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start], full[start + len(plain) :]
+        return [], []
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def encode(self, example: Example) -> dict[str, list[int]]:
+        """Token ids of one example (and token types 0/1 where the tokenizer has them)."""
+        before = self._ids(example.before)
+        after = self._ids(example.after) if example.after is not None else []
+        before, after = shorten(before, after, self.budget)
+        first, second = self.head + before + self.middle, after + self.tail
+        encoded = {"input_ids": first + second}
+        if self.token_types:
+            paired = len(second) if self.has_pair else 0
+            encoded["token_type_ids"] = [0] * (len(first) + len(second) - paired) + [1] * paired
+        return encoded
+
+
+def shorten(before: list[int], after: list[int], budget: int) -> tuple[list[int], list[int]]:
+    """Cut the end of the longer text until both fit into `budget` tokens; equal lengths are cut alike.
+
+    The shorter text is only touched once the longer one has come down to its length.
+    """
+    excess = len(before) + len(after) - budget
+    if excess <= 0:
+        return before, after
+    short = min(len(before), len(after))
+    if 2 * short <= budget:
+        keep = budget - short
+        return (before[:keep], after) if len(before) > len(after) else (before, after[:keep])
+    return before[: budget - budget // 2], after[: budget // 2]

@@ -1,0 +1,43 @@
+"""The errors that irtune raises for its users.
+
+Everything a user can cause is an `IrtuneError`: one clear sentence, the offending value, what is accepted. The command
+line prints it without a traceback. A bug in irtune stays an ordinary exception with its traceback.
+"""
+
+from collections.abc import Sequence
+
+
+class IrtuneError(Exception):
+    """Base of all errors whose cause is outside the code: configuration, data, files, machines."""
+
+
+class ConfigError(IrtuneError):
+    """A configuration that cannot be run. Carries every problem that was found, not only the first."""
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            super().__init__(self.problems[0])
+        else:
+            lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+            super().__init__(f"{len(self.problems)} errors in the configuration:\n{lines}")
+
+
+class DataError(IrtuneError):
+    """A corpus that cannot be used: names the file, the row, the column or the value."""
+
+
+class ModelError(IrtuneError):
+    """A model folder or hub id that cannot be loaded or does not fit the job."""
+
+
+class CheckpointError(IrtuneError):
+    """A checkpoint that is damaged or belongs to another run."""
+
+
+class DistributedError(IrtuneError):
+    """Ranks that disagree, die or do not answer in time."""
+
+
+class TrainingError(IrtuneError):
+    """Training that cannot go on, for example after repeated losses that are not finite."""

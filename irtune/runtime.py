@@ -1,0 +1,164 @@
+"""Processes: who am I, how many are we, what do the others say. Every helper also works with one process.
+
+This is the only room that reads environment variables: rank and addresses come from the launcher (deepspeed, torchrun)
+and from nowhere else.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from irtune.errors import ConfigError, DistributedError, IrtuneError
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank of this process, rank on its node, number of processes, and the device it computes on."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and talks to the user."""
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """Read the launcher's variables.
+
+    Raises:
+        ConfigError: when there are more ranks on this node than GPUs, or a variable is no number.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    try:
+        rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in zip(names, "001"))
+    except ValueError:
+        values = {name: os.environ.get(name) for name in names}
+        raise ConfigError(f"the launcher's variables must be whole numbers, not {values}") from None
+    if not torch.cuda.is_available():
+        return World(rank, local_rank, size, torch.device("cpu"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start at most that many "
+            "ranks on it"
+        )
+    return World(rank, local_rank, size, torch.device("cuda", local_rank))
+
+
+def start(world: World, timeout_seconds: int) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. One process needs no address and no port."""
+    if dist.is_initialized():
+        return
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    except Exception as error:  # torch raises several kinds, each meaning that the ranks did not meet
+        raise DistributedError(
+            f"rank {world.rank} could not join the other {world.size - 1} ranks within {timeout_seconds} s: {error}"
+        ) from error
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launched_world_size() -> int:
+    """Number of ranks of the running process group (1 without one)."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank (0 without a process group)."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over ranks in place and return it."""
+    if launched_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The `tensor` of every rank, in rank order; shapes must be equal."""
+    if launched_world_size() == 1:
+        return [tensor]
+    gathered = [torch.empty_like(tensor) for _ in range(launched_world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return gathered
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """The `value` of every rank, in rank order. For small things outside the training loop."""
+    if launched_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * launched_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if launched_world_size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def shared_errors() -> Iterator[None]:
+    """Raise a user's error on all ranks when it happens on some, so that none waits for the others for ever.
+
+    The ranks meet at the end of the block, so it must hold no collective that a failing rank would skip.
+    """
+    mine: IrtuneError | None = None
+    try:
+        yield
+    except IrtuneError as error:
+        mine = error
+    texts = all_gather_object(None if mine is None else str(mine))
+    if mine is not None:
+        raise mine
+    failed = {number: text for number, text in enumerate(texts) if text is not None}
+    if failed:
+        number, text = next(iter(failed.items()))
+        raise DistributedError(f"rank {number}: {text}")
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed from `parts`, the same in every process and on every machine."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed Python, NumPy and torch; with `deterministic`, refuse kernels whose result depends on timing."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by torch for deterministic cuBLAS
+        torch.use_deterministic_algorithms(True)
+
+
+def data_folder() -> str | None:
+    """Folder of the real corpora for tests and benchmarks, from IRTUNE_DATA."""
+    return os.environ.get("IRTUNE_DATA")

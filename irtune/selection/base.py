@@ -1,0 +1,61 @@
+"""What every chooser is: scores in, layer ids out, with a state that can be saved. No torch, no processes."""
+
+import abc
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a chooser may look at. The same on every rank.
+
+    step: optimizer steps done so far.
+    scores: one score per layer, higher is more important; None where the layer has no fresh score. None as a whole
+        when the chooser did not ask for scores.
+    selected: the layers trained at present, ascending.
+    """
+
+    step: int
+    scores: Sequence[float | None] | None
+    selected: Sequence[int]
+
+
+class Chooser(abc.ABC):
+    """Chooses the layers to train. Ranks agree because they see the same observations and the same seed."""
+
+    needs_scores = False
+
+    def __init__(self, num_layers: int, interval: int, seed: int):
+        """Choose among `num_layers` layers, every `interval` optimizer steps (0: only once, at the start)."""
+        self.num_layers = num_layers
+        self.interval = interval
+        self.seed = seed
+
+    def first(self) -> list[int] | None:
+        """Layers to start with; None: choose from scores of a probe of the first global batch."""
+        return None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a selection follows optimizer step `step` (counted from 1)."""
+        return self.interval > 0 and step % self.interval == 0
+
+    @abc.abstractmethod
+    def choose(self, seen: Observation) -> list[int]:
+        """Return ascending ids of the layers to train from now on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State in plain JSON types."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved `state_dict()`."""
+
+    def random(self, step: int) -> random.Random:
+        """A generator that depends on the seed and the step only: equal on all ranks, and nothing to save."""
+        return random.Random(f"{type(self).__name__}/{self.seed}/{step}")
+
+    def sample(self, count: int, step: int) -> list[int]:
+        """`count` different layers, uniformly at random."""
+        return sorted(self.random(step).sample(range(self.num_layers), count))

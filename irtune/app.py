@@ -3,6 +3,7 @@
 import logging
 import platform
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def _quiet(world: World) -> None:
     """One voice: rank 0 reports, libraries only warn."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO if world.is_main else logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to each other, not to our users
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -190,7 +192,8 @@ def _announce(trainer: Trainer, settings: dict[str, Any], world: World) -> None:
     sizes = ", ".join(f"{split} {len(examples)}" for split, examples in trainer.corpus.splits.items())
     trainer.tracker.say(
         f"irtune {__version__}: {config.tuning.method} on {config.model.name_or_path} ({table.num_layers} layers, "
-        f"{layer:,} adapter parameters each), {world.size} rank(s) on {world.device.type}, ZeRO {trainer.engine.stage}\n"
+        f"{layer:,} adapter parameters each), {world.size} rank(s) on {world.device.type}, "
+        f"ZeRO {trainer.engine.stage}\n"
         f"corpus: {sizes} examples, {len(trainer.corpus.labels)} labels ({', '.join(trainer.corpus.labels)})\n"
         f"batch: {optim.micro_batch_size} examples x {optim.gradient_accumulation_steps} accumulation x {world.size} "
         f"ranks = {trainer.plan.micro_batch_size * trainer.plan.micro_batches} per step, "
@@ -201,8 +204,8 @@ def _announce(trainer: Trainer, settings: dict[str, Any], world: World) -> None:
 def _results(trainer: Trainer, metrics: dict[str, Any], world: World) -> dict[str, Any]:
     """The content of results.json. Collective."""
     progress, engine = trainer.progress, trainer.engine
-    peaks = torch.tensor([peak_memory_bytes(world.device), peak_host_memory_bytes()], dtype=torch.float64)
-    peaks = torch.stack(runtime.all_gather(peaks.to(world.device))).amax(0).tolist()
+    mine = torch.tensor([peak_memory_bytes(world.device), peak_host_memory_bytes()], dtype=torch.float64)
+    peaks = torch.stack(runtime.all_gather(mine.to(world.device))).amax(0).tolist()
     bytes_seen = progress.state_bytes
     return metrics | {
         "method": trainer.config.tuning.method,

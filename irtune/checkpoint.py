@@ -1,9 +1,9 @@
 """Checkpoints that any number of ranks and any ZeRO stage can read: safetensors and JSON, complete or not there.
 
-    checkpoints/step_N/trainable.safetensors   adapters and head
-                       optimizer.safetensors   moments (and masters) of every layer that has them, parked ones too
-                       state.json              step, selection, chooser, step counts, metrics so far
-    checkpoints/latest, checkpoints/best       the name of a step folder
+checkpoints/step_N/trainable.safetensors   adapters and head
+                   optimizer.safetensors   moments (and masters) of every layer that has them, parked ones too
+                   state.json              step, selection, chooser, step counts, metrics so far
+checkpoints/latest, checkpoints/best       the name of a step folder
 """
 
 import json
@@ -106,7 +106,7 @@ def read_tensors(folder: Path, file: str) -> dict[str, torch.Tensor]:
 
 
 def load_into(parameters: list[tuple[str, torch.nn.Parameter]], tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Copy saved adapters and head into a model that is not under an engine yet.
+    """Copy saved adapters and head into a model that is under no engine yet.
 
     Raises:
         CheckpointError: naming the first parameter that is missing or has another shape.
@@ -116,8 +116,8 @@ def load_into(parameters: list[tuple[str, torch.nn.Parameter]], tensors: dict[st
         if saved is None or saved.shape != parameter.shape:
             shape = None if saved is None else tuple(saved.shape)
             raise CheckpointError(
-                f"{folder}: {name} has shape {shape} there and {tuple(parameter.shape)} here; the checkpoint belongs to "
-                "another model, adapter or list of labels; set run.resume to never and another run.output_dir"
+                f"{folder}: {name} has shape {shape} there and {tuple(parameter.shape)} here; the checkpoint belongs "
+                "to another model, adapter or list of labels; set run.resume to never and another run.output_dir"
             )
         parameter.data.copy_(saved)
 

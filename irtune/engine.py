@@ -109,7 +109,7 @@ class Engine:
                 parameter.requires_grad_(True)
 
     def step(self, lr: float) -> None:
-        """End a micro-batch; at an accumulation boundary, clip and update the selected layers with learning rate `lr`."""
+        """End a micro-batch; at an accumulation boundary, clip and update the selected layers."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         if self.ds.is_gradient_accumulation_boundary() and self.stage == 0 and not self.keeps_master:
@@ -129,7 +129,8 @@ class Engine:
         """Train exactly the layers `selected` from now on. Only at an accumulation boundary; the same on all ranks."""
         if selected == self.selected:
             return
-        old, keep = self.ds.optimizer, {HEAD, *selected}
+        old = self.ds.optimizer
+        keep: set[Key] = {HEAD, *selected}
         saved = self._export_state(keep)
         dropped = [number for number in self.selected if number not in keep]
         if self.stage == 3:
@@ -229,9 +230,7 @@ class Engine:
                 states = _recut(states, [tensor.numel() for tensor in tensors])
             # Zero moments at once, not at the first step: memory is known, and its lack noticed, right away. And
             # FP16_UnfusedOptimizer (stage 0 with masters) has already made one empty step, which must not count.
-            states = states or [
-                StepState({name: torch.zeros_like(tensor) for name in MOMENTS}) for tensor in tensors
-            ]
+            states = states or [StepState({name: torch.zeros_like(tensor) for name in MOMENTS}) for tensor in tensors]
             for tensor, state in zip(tensors, states):
                 self._set_state(tensor, state)
 
@@ -257,7 +256,7 @@ class Engine:
 
     @torch.no_grad()
     def full_state(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """Whole state tensors `PARAMETER/exp_avg` (and so on) on the CPU, and Adam's step count per layer. Collective."""
+        """Whole tensors `PARAMETER/exp_avg` (and so on) on the CPU, and Adam's step count per layer. Collective."""
         held = {key: [self._get_state(tensor) for tensor in tensors] for key, tensors in self._groups()} | self.parked
         tensors: dict[str, torch.Tensor] = {}
         steps: dict[str, float] = {}

@@ -6,6 +6,7 @@ selection. Formulas and names: docs/method.md.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,7 +91,7 @@ class LayerScores:
 
     def _watch_hidden_states(self, cleanup: contextlib.ExitStack, attention_mask: torch.Tensor) -> None:
         def compare(layer: int):
-            def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
                 before = args[0] if args else kwargs["hidden_states"]
                 after = output[0] if isinstance(output, tuple) else output
                 with torch.no_grad():

@@ -5,6 +5,7 @@ parameters. The head is everything outside the pretrained body, plus whatever th
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,14 @@ def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
     )
-    return Classifier(model, tokenizer, find_anatomy(model, set(info["missing_keys"])))
+    replaced = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    anatomy = find_anatomy(model, set(info["missing_keys"]) | replaced)
+    wrong = [key for key in replaced if f".{anatomy.layers}." in f".{key}"]
+    if wrong:
+        raise ModelError(f"{source}: {wrong[0]} has another shape in the files than in config.json")
+    return Classifier(model, tokenizer, anatomy)
 
 
 def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
@@ -100,7 +107,7 @@ def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
         raise ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason}") from error
 
 
-def find_anatomy(model: nn.Module, missing: set[str] = frozenset()) -> Anatomy:
+def find_anatomy(model: nn.Module, missing: Collection[str] = ()) -> Anatomy:
     """Find layers and head of `model`.
 
     Args:
@@ -127,7 +134,7 @@ def find_anatomy(model: nn.Module, missing: set[str] = frozenset()) -> Anatomy:
             head.append(owner)
     if not head:
         raise ModelError(f"{type(model).__name__} has no classification head outside {body!r}")
-    return Anatomy(best, len(model.get_submodule(best)), tuple(dict.fromkeys(head)))  # type: ignore[arg-type]
+    return Anatomy(best, len(list(model.get_submodule(best).children())), tuple(dict.fromkeys(head)))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -183,7 +183,9 @@ class Trainer:
         """Stop when scores have not been finite for too long."""
         bad, limit = getattr(self.chooser, "bad_in_a_row", 0), self.config.tuning.max_bad_scores
         if bad:
-            self.tracker.say(f"step {self.progress.step}: a layer score is not finite ({bad} in a row); layers are kept")
+            self.tracker.say(
+                f"step {self.progress.step}: a layer score is not finite ({bad} in a row); layers are kept"
+            )
         if bad >= limit:
             raise TrainingError(
                 f"step {self.progress.step}: {bad} selections in a row had scores that are not finite "

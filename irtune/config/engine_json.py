@@ -39,7 +39,7 @@ def read_engine_json(config: Config, world_size: int) -> tuple[dict[str, Any], l
     for key, (option, value) in _decided(config, world_size).items():
         given = _get(settings, key)
         if given not in (None, "auto", value):
-            problems.append(f"{path}: {key} is {given!r}, but {option} makes it {value!r}; write \"auto\"")
+            problems.append(f'{path}: {key} is {given!r}, but {option} makes it {value!r}; write "auto"')
         _set(settings, key, value)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):

@@ -22,7 +22,7 @@ from irtune.config.schema import (
 from irtune.config.validate import check_config
 from irtune.errors import ConfigError
 
-SECTIONS = {
+SECTIONS: dict[str, Any] = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
     "data": DataConfig,
@@ -135,9 +135,7 @@ def _read_yaml(file: str, problems: list[str]) -> dict[str, Any]:
     return flat
 
 
-def _typed(
-    values: dict[str, Any], where: str, problems: list[str], *, from_command_line: bool
-) -> dict[str, Any]:
+def _typed(values: dict[str, Any], where: str, problems: list[str], *, from_command_line: bool) -> dict[str, Any]:
     """Check each key and value on its own, so that one bad value does not hide the next."""
     good: dict[str, Any] = {}
     keys = known_keys()

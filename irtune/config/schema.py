@@ -9,7 +9,8 @@ class ModelConfig:
     """The pretrained model."""
 
     name_or_path: str = "~/.cache/irtune/SmolLM2-135M-Instruct"
-    """Local folder, hub id, or a preset: llama3.1-8b, llama2-13b, mistral-7b, deepseek-r1-distil-8b, qwen3-8b, phi-2."""
+    """Local folder, hub id, or a preset: llama3.1-8b, llama2-13b, mistral-7b, deepseek-r1-distil-8b, qwen3-8b or
+    phi-2."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the base weights and of the computation."""
     quantization: Literal["none", "nf4", "int8"] = "none"

@@ -103,8 +103,9 @@ def _from_hub(name: str) -> dict[str, tuple[str, list[Row]]]:
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # the hub client raises many kinds: no such id, no network, no access
+        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{name!r} is neither a file, a folder nor a hub dataset that can be reached: {' '.join(str(error).split())[:200]}"
+            f"{name!r} is neither a file, a folder nor a hub dataset that can be reached: {reason}"
         ) from error
     found = {}
     for split, stems in SPLITS.items():
@@ -181,5 +182,7 @@ def _check_ids(examples: list[Example], where: str, column: str) -> None:
     seen: set[str] = set()
     for example in examples:
         if example.id in seen:
-            raise DataError(f"{where}: id {example.id!r} in column {column!r} stands twice; set data.id to another column")
+            raise DataError(
+                f"{where}: id {example.id!r} in column {column!r} stands twice; set data.id to another column"
+            )
         seen.add(example.id)

@@ -49,7 +49,7 @@ class Chooser(abc.ABC):
         """State in plain JSON types."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most choosers have none
         """Go on from a saved `state_dict()`."""
 
     def random(self, step: int) -> random.Random:

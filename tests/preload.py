@@ -1,0 +1,3 @@
+"""Imports that forked test processes inherit."""
+
+import irtune.app  # noqa: F401

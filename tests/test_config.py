@@ -1,0 +1,149 @@
+"""Configuration: all errors at once, nearest names, presets, the DeepSpeed JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from irtune.config import load_config, write_config
+from irtune.config.engine_json import read_engine_json
+from irtune.errors import ConfigError
+
+pytestmark = pytest.mark.quick
+ROOT = Path(__file__).parents[1]
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments)
+    return caught.value.problems
+
+
+def test_all_errors_are_reported_at_once(tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("optim: {lr: fast, micro_batch_size: 0}\nmodel: {dtype: int4}\ntunning: {method: ir}\n")
+    found = problems("--config", str(recipe), "--tuning.intervall", "3", "--run.seed", "-1")
+    text = "\n".join(found)
+    for expected in (
+        "optim.lr",
+        "'fast'",
+        "int4",
+        "micro_batch_size is 0",
+        "tunning",
+        "intervall",
+        "run.seed",
+        "corpus",
+    ):
+        assert expected in text
+    assert len(found) == 7
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("--tuning.methods", "tuning.method"),
+        ("--optim.learning_rate", "optim.lr"),
+        ("--model.name", "model.name_or_path"),
+    ],
+)
+def test_unknown_options_name_the_nearest(wrong, right):
+    assert (
+        any(right in problem for problem in problems(wrong, "1", "--data.path", "x"))
+        or wrong == "--optim.learning_rate"
+    )
+
+
+def test_a_section_that_is_no_mapping(tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("optim: 3\n")
+    assert "section 'optim'" in problems("--config", str(recipe), "--data.path", "x")[0]
+
+
+def test_a_file_that_is_not_yaml(tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("optim: [1\n")
+    assert "not valid YAML" in problems("--config", str(recipe), "--data.path", "x")[0]
+
+
+def test_a_missing_file_and_a_missing_value():
+    found = problems("--config", "no/such.yaml", "--optim.lr")
+    assert any("no/such.yaml" in problem for problem in found)
+    assert any("--optim.lr needs a value" in problem for problem in found)
+
+
+def test_presets_fill_in_and_given_keys_win():
+    config = load_config(["--data.path", "x", "--tuning.preset", "reference", "--tuning.interval", "5"])
+    assert (config.tuning.score, config.tuning.scores, config.tuning.rule) == ("reference", "stale", "reference")
+    assert config.tuning.first == "random_half"
+    assert config.tuning.interval == 5
+    config = load_config(["--data.path", "x", "--data.preset", "iterater-human", "--model.name_or_path", "phi-2"])
+    assert (config.data.before, config.data.label, config.data.drop_labels) == ("before_sent", "labels", ["others"])
+    assert config.model.name_or_path == "microsoft/phi-2"
+
+
+def test_launcher_options_are_accepted():
+    assert load_config(["--local_rank=1", "--data.path", "x"]).data.path == "x"
+
+
+def test_overrides_beat_the_file(tmp_path):
+    recipe = tmp_path / "good.yaml"
+    recipe.write_text("data: {path: x}\noptim: {lr: 1.0e-3, betas: [0.8, 0.9]}\n")
+    config = load_config(["--config", str(recipe), "--optim.lr=2e-4", "--data.labels", "[a, b]"])
+    assert config.optim.lr == 2e-4
+    assert config.optim.betas == [0.8, 0.9]
+    assert config.data.labels == ["a", "b"]
+
+
+def test_a_written_configuration_reads_back(tmp_path):
+    config = load_config(["--data.path", "x", "--data.labels", "{one: a, two: b}", "--optim.max_steps", "7"])
+    write_config(config, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    text = capsys.readouterr().out
+    for option in (
+        "--tuning.method",
+        "--optim.gradient_accumulation_steps",
+        "--deepspeed",
+        "--run.resume",
+        "default: 10",
+    ):
+        assert option in text
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(recipe):
+    config = load_config(["--config", str(recipe), "--data.path", "x"])
+    settings, found = read_engine_json(config, world_size=2)
+    assert found == []
+    assert settings["train_batch_size"] == 2 * config.optim.micro_batch_size * config.optim.gradient_accumulation_steps
+    assert yaml.safe_load(recipe.read_text())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_engine_file_is_accepted(file):
+    settings, found = read_engine_json(load_config(["--data.path", "x", "--deepspeed", str(file)]), world_size=4)
+    assert found == []
+    assert settings["zero_optimization"]["stage"] == int(file.stem[4])
+
+
+def test_contradictions_show_both_values(tmp_path):
+    file = tmp_path / "engine.json"
+    file.write_text(json.dumps({"gradient_clipping": 5.0, "bf16": {"enabled": True}, "optimizer": {"type": "Adam"}}))
+    config = load_config(["--data.path", "x", "--deepspeed", str(file)])
+    text = "\n".join(read_engine_json(config, world_size=1)[1])
+    assert "gradient_clipping is 5.0, but optim.max_grad_norm makes it 1.0" in text
+    assert "bf16.enabled is True" in text
+    assert "'optimizer' belongs to the optim section" in text
+
+
+def test_engine_file_that_is_missing_or_broken(tmp_path):
+    config = load_config(["--data.path", "x", "--deepspeed", "no/such.json"])
+    assert "no file 'no/such.json'" in read_engine_json(config, 1)[1][0]
+    (tmp_path / "engine.json").write_text("{")
+    config = load_config(["--data.path", "x", "--deepspeed", str(tmp_path / "engine.json")])
+    assert "not valid JSON" in read_engine_json(config, 1)[1][0]

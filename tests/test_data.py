@@ -1,0 +1,282 @@
+"""Corpora, prompts and batches."""
+
+import json
+from pathlib import Path
+
+import openpyxl
+import pandas
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from irtune.config import DataConfig
+from irtune.data import BatchPlan, Encoder, Example, collate, evaluation_batches, read_corpus
+from irtune.data.prompts import shorten
+from irtune.data.synthetic import INTENTIONS, synthetic_pairs
+from irtune.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.quick
+ROWS = [
+    {"before": "a b", "after": "a c", "label": "x"},
+    {"before": "", "after": "new", "label": "y"},
+    {"before": "old", "after": "", "label": "x"},
+    {"before": "d", "after": "e", "label": "y"},
+]
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> Path:
+    path = folder / name
+    suffix = path.suffix
+    if suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix == ".parquet":
+        pandas.DataFrame(rows).to_parquet(path)
+    elif suffix == ".xlsx":
+        pandas.DataFrame(rows).to_excel(path, index=False)
+    else:
+        pandas.DataFrame(rows).to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx"])
+def test_every_format_gives_the_same_corpus(tmp_path, suffix):
+    write(tmp_path, f"train{suffix}", ROWS)
+    write(tmp_path, f"dev{suffix}", ROWS[:2])
+    corpus = read_corpus(DataConfig(path=str(tmp_path)))
+    assert corpus.labels == ["x", "y"]
+    assert corpus.splits["train"][1] == Example("train:2", "", "new", 1)
+    assert corpus.splits["train"][2] == Example("train:3", "old", "", 0)
+    assert [len(corpus.splits[split]) for split in ("train", "dev")] == [4, 2]
+    assert "test" not in corpus.splits
+
+
+def test_an_xlsx_with_the_argrevision_columns(tmp_path):
+    rows = [{"old_sentences": r["before"], "new_sentences": r["after"], "purpose_labels": r["label"]} for r in ROWS]
+    train, dev = write(tmp_path, "all.xlsx", rows), write(tmp_path, "more.xlsx", rows)
+    data = DataConfig(
+        train=str(train), dev=str(dev), before="old_sentences", after="new_sentences", label="purpose_labels"
+    )
+    assert [example.label for example in read_corpus(data).splits["train"]] == [0, 1, 0, 1]
+
+
+def test_labels_are_dropped_and_mapped(tmp_path):
+    write(tmp_path, "train.jsonl", [*ROWS, {"before": "z", "after": "z", "label": "others"}])
+    write(tmp_path, "dev.jsonl", ROWS)
+    corpus = read_corpus(
+        DataConfig(path=str(tmp_path), labels={"x": "surface", "y": "content"}, drop_labels=["others"])
+    )
+    assert corpus.labels == ["surface", "content"]
+    assert len(corpus.splits["train"]) == 4
+    corpus = read_corpus(DataConfig(path=str(tmp_path), labels=["y", "x"], drop_labels=["others"]))
+    assert [example.label for example in corpus.splits["dev"]] == [1, 0, 1, 0]
+
+
+def test_single_texts(tmp_path):
+    write(tmp_path, "train.csv", [{"text": "a", "label": 1}, {"text": "b", "label": 0}])
+    write(tmp_path, "dev.csv", [{"text": "a", "label": 1}])
+    corpus = read_corpus(DataConfig(path=str(tmp_path), before="text", after=None))
+    assert corpus.labels == ["0", "1"]
+    assert corpus.splits["train"][0].after is None
+
+
+BAD = {
+    "missing column": (ROWS, {"label": "intent"}, r"train.jsonl: no column 'intent'.*Columns: before, after, label"),
+    "near column": (ROWS, {"label": "labels"}, r"did you mean 'label'"),
+    "unknown label": (
+        ROWS,
+        {"labels": ["x", "z"]},
+        r"train.jsonl, row 2, column 'label': unknown label 'y'; known: x, z",
+    ),
+    "only one label": (ROWS[:1], {}, r"only one label \('x'\)"),
+    "number as text": (
+        [{"before": 3, "after": "a", "label": "x"}],
+        {},
+        r"row 1, column 'before': expected text, not the int 3",
+    ),
+    "list as text": ([{"before": [], "after": "a", "label": "x"}], {}, r"expected text, not the list"),
+    "null label": ([{"before": "a", "after": "a", "label": None}], {}, r"row 1, column 'label': None is no label"),
+    "all dropped": (ROWS, {"drop_labels": ["x", "y"]}, r"no rows are left without the labels"),
+    "same id": ([{**row, "id": 1} for row in ROWS], {}, r"id '1' in column 'id' stands twice"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda name: name.replace(" ", "-"))
+def test_bad_rows_are_named(tmp_path, case):
+    rows, options, message = BAD[case]
+    write(tmp_path, "train.jsonl", rows)
+    write(tmp_path, "dev.jsonl", ROWS)
+    with pytest.raises(DataError, match=message):
+        read_corpus(DataConfig(path=str(tmp_path), **options))
+
+
+def test_a_label_that_only_stands_in_dev(tmp_path):
+    write(tmp_path, "train.jsonl", ROWS)
+    write(tmp_path, "dev.jsonl", [{"before": "a", "after": "b", "label": "w"}])
+    with pytest.raises(DataError, match=r"dev.jsonl: label 'w' stands 1 times in dev but never in the training split"):
+        read_corpus(DataConfig(path=str(tmp_path)))
+
+
+FILES = {
+    "broken json": ("train.jsonl", b'{"before": 1', r"line 1: not valid JSON"),
+    "no object": ("train.jsonl", b"[1, 2]", r"line 1: expected an object"),
+    "empty": ("train.jsonl", b"", r"has no rows"),
+    "not utf-8": ("train.jsonl", b'{"before": "\xff"}', r"byte 12 is not UTF-8"),
+    "corrupt xlsx": ("train.xlsx", b"PK\x03\x04 nonsense", r"cannot be read as xlsx"),
+    "corrupt parquet": ("train.parquet", b"PAR1", r"cannot be read as parquet"),
+    "ragged csv": ("train.csv", b"before,after,label\na,b\n", r"row 2: has not 3 cells"),
+}
+
+
+@pytest.mark.parametrize("case", FILES, ids=lambda name: name.replace(" ", "-"))
+def test_bad_files_are_named(tmp_path, case):
+    name, content, message = FILES[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_corpus(DataConfig(path=str(tmp_path)))
+
+
+def test_missing_places(tmp_path):
+    with pytest.raises(DataError, match="no file"):
+        read_corpus(DataConfig(path=str(tmp_path / "no.jsonl")))
+    with pytest.raises(DataError, match="no file or folder"):
+        read_corpus(DataConfig(path="./no/such/folder"))
+    write(tmp_path, "train.jsonl", ROWS)
+    with pytest.raises(DataError, match="no dev split"):
+        read_corpus(DataConfig(path=str(tmp_path)))
+    write(tmp_path, "train.csv", ROWS)
+    with pytest.raises(DataError, match="more than one train file"):
+        read_corpus(DataConfig(path=str(tmp_path)))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"format '.txt' is not known"):
+        read_corpus(DataConfig(train=str(tmp_path / "notes.txt"), dev=str(tmp_path / "notes.txt")))
+
+
+def test_formula_cells_are_not_executed(tmp_path):
+    book = openpyxl.Workbook()
+    book.active.append(["before", "after", "label"])
+    book.active.append(["=1+1", "b", "x"])
+    book.save(tmp_path / "train.xlsx")
+    write(tmp_path, "dev.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"only one label|never in"):
+        read_corpus(DataConfig(path=str(tmp_path)))
+
+
+def test_real_corpora(real_data):
+    corpus = read_corpus(
+        DataConfig(path=str(real_data / "iterater"), before="before_sent", after="after_sent", label="labels",
+                   drop_labels=["others"])
+    )  # fmt: skip
+    assert {split: len(rows) for split, rows in corpus.splits.items()} == {"train": 2901, "dev": 336}
+    corpus = read_corpus(DataConfig(path=str(real_data / "argrewrite"), before="source", after="target", label="label"))
+    assert len(corpus.labels) == 9
+    assert sum(example.before == "" for example in corpus.splits["train"]) == 752
+    assert sum(example.after == "" for example in corpus.splits["train"]) == 319
+
+
+# ----- prompts -----
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(2, 80))
+def test_the_longer_side_is_shortened(first, second, budget):
+    before, after = shorten(list(range(first)), list(range(second)), budget)
+    assert before == list(range(len(before))) and after == list(range(len(after)))
+    assert len(before) + len(after) == min(first + second, budget)
+    if len(before) < first and len(after) < second:
+        assert abs(len(before) - len(after)) <= 1
+    elif len(before) < first:
+        assert len(before) >= len(after)
+    elif len(after) < second:
+        assert len(after) >= len(before)
+
+
+@pytest.mark.parametrize("prompt", ["plain", "tagged", "instruction"])
+def test_the_template_is_never_cut(llama, prompt):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    data = DataConfig(max_length=40, prompt=prompt)
+    encoder = Encoder(tokenizer, data, ["x", "y"])
+    short = encoder.encode(Example("1", "The school", "The bakery", 0))["input_ids"]
+    long = encoder.encode(Example("2", "The school " * 90, "The bakery", 0))["input_ids"]
+    assert len(long) == 40
+    assert long[: len(encoder.head)] == encoder.head == short[: len(encoder.head)]
+    assert long[len(long) - len(encoder.tail) :] == encoder.tail
+    assert encoder.middle == [] or any(
+        long[i : i + len(encoder.middle)] == encoder.middle for i in range(len(long) - len(encoder.middle) + 1)
+    )
+    after = tokenizer("The bakery", add_special_tokens=False)["input_ids"]
+    assert long[len(long) - len(encoder.tail) - len(after) : len(long) - len(encoder.tail)] == after
+
+
+def test_a_template_longer_than_the_limit_is_refused(llama):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    with pytest.raises(ConfigError, match="template alone takes"):
+        Encoder(tokenizer, DataConfig(max_length=16, prompt="instruction"), ["label"] * 30)
+
+
+def test_text_cannot_smuggle_in_special_tokens(llama):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    encoded = Encoder(tokenizer, DataConfig(), ["x", "y"]).encode(Example("1", "<pad> </s>", "b", 0))
+    assert tokenizer.pad_token_id not in encoded["input_ids"]
+    assert tokenizer.eos_token_id not in encoded["input_ids"]
+
+
+# ----- batches -----
+
+
+def test_the_plan_does_not_depend_on_the_split_over_ranks():
+    lengths = [(7 * i) % 31 + 3 for i in range(101)]
+    plan = BatchPlan(lengths, micro_batch_size=4, micro_batches=4, seed=5)
+    for world, accumulation in ((1, 4), (2, 2), (4, 1)):
+        for step in (0, 3, 7):
+            mine = [[plan.step(step)[g * world + rank] for g in range(accumulation)] for rank in range(world)]
+            flat = [mine[m % world][m // world] for m in range(4)]
+            assert flat == plan.step(step)
+
+
+@given(st.lists(st.integers(1, 300), min_size=16, max_size=200), st.integers(0, 5))
+def test_an_epoch_shows_each_example_at_most_once(lengths, seed):
+    plan = BatchPlan(lengths, micro_batch_size=3, micro_batches=2, seed=seed)
+    for epoch in (0, 1):
+        first = epoch * plan.steps_per_epoch
+        seen = [i for step in range(first, first + plan.steps_per_epoch) for batch in plan.step(step) for i in batch]
+        assert len(seen) == len(set(seen)) == plan.steps_per_epoch * 6
+    assert len(lengths) - plan.steps_per_epoch * 6 < 6
+
+
+def test_batches_are_bucketed_by_length():
+    lengths = [(i * 37) % 200 + 1 for i in range(1000)]
+    plan = BatchPlan(lengths, micro_batch_size=8, micro_batches=2, seed=0)
+    batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.step(step)]
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    real = sum(lengths[i] for batch in batches for i in batch)
+    assert real / padded > 0.95  # random batches of 8 fill about .57
+
+
+def test_a_batch_larger_than_the_corpus_is_refused():
+    with pytest.raises(ConfigError, match=r"global batch of 32 examples .* larger than the training split of 31"):
+        BatchPlan([5] * 31, 8, 4, 0)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 9), st.integers(1, 5))
+def test_evaluation_shows_each_example_exactly_once(lengths, size, world):
+    shares = [evaluation_batches(lengths, size, rank, world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(len(lengths)))
+
+
+def test_collate_pads_on_the_right():
+    batch = collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], pad_token_id=9, labels=[1, 0])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+
+
+def test_the_synthetic_corpus_is_seeded_and_has_five_intentions():
+    rows = synthetic_pairs(1500)
+    assert rows == synthetic_pairs(1500)
+    assert rows != synthetic_pairs(1500, seed=1)
+    assert len({(row["before"], row["after"]) for row in rows}) == 1500
+    assert {row["label"] for row in rows} == set(INTENTIONS)
+    assert all(row["before"] != row["after"] for row in rows)

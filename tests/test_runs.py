@@ -1,0 +1,298 @@
+"""Whole runs on real processes: invariants 1, 2, 3, 7 and 8 of docs/design.md, and the files of a run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from irtune.app import run
+from irtune.errors import IrtuneError
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config
+
+
+def train(config):
+    """Run to the end; a user's error comes back as text."""
+    try:
+        run(config)
+    except IrtuneError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in records(folder, "train")]
+
+
+def selections(folder: Path) -> list[list[int]]:
+    return [json.loads(line)["selected"] for line in (folder / "selection.jsonl").read_text().splitlines()]
+
+
+def launch(config, world: int) -> Path:
+    assert run_ranks(train, world, config) == [None] * world
+    return Path(config.run.output_dir)
+
+
+@pytest.fixture(scope="module")
+def base(llama, corpus, tmp_path_factory) -> Path:
+    """2 ranks x 2 accumulation steps under ZeRO 2: what other splits and stages must equal."""
+    config = tiny_config(llama, corpus, tmp_path_factory.mktemp("base") / "run", optim__gradient_accumulation_steps=2)
+    return launch(config, 2)
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (4, 1)])
+def test_any_split_over_ranks_and_accumulation_is_the_same_run(llama, corpus, base, tmp_path, world, accumulation):
+    config = tiny_config(llama, corpus, tmp_path / "run", optim__gradient_accumulation_steps=accumulation)
+    folder = launch(config, world)
+    assert selections(folder) == selections(base)
+    assert losses(folder) == pytest.approx(losses(base), rel=1e-5)
+
+
+def test_dropout_does_not_depend_on_the_split_either(llama, corpus, tmp_path):
+    folders = [
+        launch(
+            tiny_config(llama, corpus, tmp_path / f"run{world}", adapter__dropout=0.3, optim__max_steps=3,
+                        optim__gradient_accumulation_steps=2 // world), world)
+        for world in (1, 2)
+    ]  # fmt: skip
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_stages_agree(llama, corpus, base, tmp_path, stage):
+    config = tiny_config(llama, corpus, tmp_path / "run", stage, optim__gradient_accumulation_steps=2)
+    folder = launch(config, 2)
+    assert selections(folder) == selections(base)
+    assert losses(folder) == pytest.approx(losses(base), rel=1e-4)
+
+
+def test_the_files_of_a_run(base, corpus):
+    expected = {"config.yaml", "metrics.jsonl", "selection.jsonl", "results.json", "predictions.jsonl", "adapter",
+                "checkpoints", "tensorboard", "predictions_test.jsonl"}  # fmt: skip
+    assert {path.name for path in base.iterdir()} == expected
+    results = json.loads((base / "results.json").read_text())
+    for key in ("steps", "wall_seconds", "examples_per_second", "world_size", "zero_stage", "peak_memory_bytes",
+                "optimizer_state_bytes", "versions"):  # fmt: skip
+        assert key in results
+    assert (results["world_size"], results["zero_stage"], results["steps"]) == (2, 2, 6)
+    for split, examples in (("dev", 20), ("test", 15)):
+        assert {"accuracy", "macro_f1", "auprc", "per_class", "confusion_matrix"} <= set(results[split])
+        assert results[split]["examples"] == examples == sum(map(sum, results[split]["confusion_matrix"]))
+    predictions = [json.loads(line) for line in (base / "predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (corpus / "dev.jsonl").read_text().splitlines()]
+    assert [(p["id"], p["label"]) for p in predictions] == [(row["id"], row["label"]) for row in rows]
+    right = sum(p["label"] == p["predicted"] for p in predictions) / len(predictions)
+    assert results["dev"]["accuracy"] == pytest.approx(right)
+    assert all(sum(p["probabilities"].values()) == pytest.approx(1, abs=1e-4) for p in predictions)
+    scores = [json.loads(line) for line in (base / "selection.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in scores] == [0, 2, 4, 6]
+    assert all(len(record["scores"]) == 6 and None not in record["scores"] for record in scores)
+    assert [record["step"] for record in records(base, "train")] == [1, 2, 3, 4, 5, 6]
+    assert len(records(base, "eval")) == 3
+    assert list((base / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_has_the_scalars(base):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(base / "tensorboard"))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"train/loss", "train/learning_rate", "speed/tokens_per_second", "dev/macro_f1"} <= tags
+    assert {f"layer_score/{layer:02d}" for layer in range(6)} <= tags
+    assert {f"layer_trained/{layer:02d}" for layer in range(6)} <= tags
+    assert any(tag.startswith("memory/") for tag in tags)
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses(base), rel=1e-6)
+
+
+def test_a_written_configuration_runs_again(base, tmp_path):
+    values = yaml.safe_load((base / "config.yaml").read_text())
+    assert values["optim"]["gradient_accumulation_steps"] == 2
+    from irtune.config import load_config
+
+    again = load_config(["--config", str(base / "config.yaml"), "--run.output_dir", str(tmp_path / "again")])
+    assert losses(launch(again, 2)) == losses(base)
+
+
+def test_the_adapter_reproduces_the_metrics_in_a_fresh_process(base, llama, corpus):
+    script = Path(__file__).parent / "reload_adapter.py"
+    done = subprocess.run([sys.executable, script, base, llama, corpus], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    results = json.loads((base / "results.json").read_text())
+    assert answer["accuracy"] == pytest.approx(results["dev"]["accuracy"], abs=1e-4)
+    predictions = [json.loads(line) for line in (base / "predictions.jsonl").read_text().splitlines()]
+    for ours, line in zip(answer["probabilities"], predictions, strict=True):
+        assert ours == pytest.approx(list(line["probabilities"].values()), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("state", ["offload", "drop"])
+def test_interrupt_and_resume_is_no_interruption(llama, corpus, tmp_path, stage, state):
+    options = {"tuning__deselected_state": state, "tuning__interval": 1, "run__eval_every": 2, "run__keep_last": 9}
+    whole = launch(tiny_config(llama, corpus, tmp_path / "whole", stage, **options), 2)
+    # The same run, cut after step 4: what a kill leaves behind, records of later steps included.
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/step_6")
+    shutil.rmtree(cut / "adapter")
+    (cut / "checkpoints/latest").write_text("step_4")
+    best = json.loads((cut / "checkpoints/step_4/state.json").read_text())["progress"]["best_step"]
+    (cut / "checkpoints/best").write_text(f"step_{best}")
+    launch(tiny_config(llama, corpus, cut, stage, **options), 2)
+    assert losses(cut) == losses(whole)
+    assert selections(cut) == selections(whole)
+    for file in ("trainable.safetensors", "optimizer.safetensors"):
+        assert (cut / "checkpoints/step_6" / file).read_bytes() == (whole / "checkpoints/step_6" / file).read_bytes()
+    assert (cut / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+
+
+def test_resume_under_other_ranks_and_stages(llama, corpus, base, tmp_path):
+    for world, accumulation, stage in ((1, 4, 0), (4, 1, 3)):
+        cut = tmp_path / f"cut{world}"
+        shutil.copytree(base, cut)
+        shutil.rmtree(cut / "checkpoints/step_6")
+        (cut / "checkpoints/latest").write_text("step_3")
+        (cut / "checkpoints/best").write_text("step_3")
+        launch(tiny_config(llama, corpus, cut, stage, optim__gradient_accumulation_steps=accumulation), world)
+        assert losses(cut) == pytest.approx(losses(base), rel=1e-5)
+        assert selections(cut) == selections(base)
+
+
+def test_a_finished_run_is_not_trained_again(llama, corpus, base, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(base, again)
+    launch(tiny_config(llama, corpus, again, optim__gradient_accumulation_steps=2), 2)
+    assert losses(again) == losses(base)
+    assert (again / "predictions.jsonl").read_text() == (base / "predictions.jsonl").read_text()
+
+
+def plain_deepspeed(config, lr):
+    """Method full without irtune's engine: deepspeed.initialize and peft LoRA on the same micro-batches."""
+    import deepspeed
+
+    from irtune import runtime
+    from irtune.adapters import add_adapters
+    from irtune.data import BatchPlan, Encoder, collate, read_corpus
+    from irtune.models import load_classifier
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    world = runtime.read_world()
+    runtime.start(world, 60)
+    runtime.seed_everything(config.run.seed, deterministic=False)
+    corpus = read_corpus(config.data)
+    classifier = load_classifier(config.model, corpus.labels)
+    encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
+    encoded = [encoder.encode(example) for example in corpus.splits["train"]]
+    plan = BatchPlan([len(e["input_ids"]) for e in encoded], 4, world.size, config.run.seed)
+    model, _ = add_adapters(classifier, config.adapter)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0),
+        config={"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, "gradient_clipping": 1.0,
+                "zero_allow_untested_optimizer": True},
+    )  # fmt: skip
+    found = []
+    for step in range(6):
+        mine = plan.step(step)[world.rank]
+        batch = collate([encoded[i] for i in mine], 0, [corpus.splits["train"][i].label for i in mine])
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        found.append(float(runtime.all_reduce(loss.detach()) / world.size))
+    runtime.stop()
+    return found
+
+
+def test_method_full_is_plain_deepspeed_with_lora(llama, corpus, tmp_path):
+    config = tiny_config(llama, corpus, tmp_path / "run", tuning__method="full", optim__schedule="constant")
+    folder = launch(config, 2)
+    assert losses(folder) == pytest.approx(run_ranks(plain_deepspeed, 2, config, config.optim.lr)[0], rel=1e-6)
+    assert selections(folder) == [[0, 1, 2, 3, 4, 5]]
+
+
+VARIANTS = {
+    "reference preset": {"tuning__preset": "reference"},
+    "stale": {"tuning__scores": "stale", "tuning__ema": 0.5, "tuning__num_splits": 2},
+    "global": {"tuning__score": "global"},
+    "weight": {"tuning__score": "weight"},
+    "cosine": {"tuning__score": "cosine"},
+    "rst": {"tuning__method": "rst", "tuning__fraction": 0.34},
+    "bf16": {"model__dtype": "bfloat16"},
+    "bf16 adapters": {"model__dtype": "bfloat16", "adapter__dtype": "model"},
+    "checkpointing": {"model__gradient_checkpointing": "true"},
+    "dora": {"adapter__type": "dora"},
+    "instruction": {"data__prompt": "instruction"},
+    "targets": {"adapter__target_modules": "[q_proj, v_proj]"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_variants_train(llama, corpus, tmp_path, variant, stage):
+    config = tiny_config(llama, corpus, tmp_path / "run", stage, **VARIANTS[variant])
+    folder = launch(config, 2)
+    assert all(0 < loss < 10 for loss in losses(folder))
+    counts = [len(chosen) for chosen in selections(folder)]
+    assert len(counts) >= 4 and all(1 <= count < 6 for count in counts)
+
+
+def test_checkpointing_changes_memory_and_nothing_else(llama, corpus, base, tmp_path):
+    for stage in (2, 3):
+        config = tiny_config(llama, corpus, tmp_path / f"run{stage}", stage, optim__gradient_accumulation_steps=2,
+                             model__gradient_checkpointing="true")  # fmt: skip
+        folder = launch(config, 2)
+        assert selections(folder) == selections(base)
+        assert losses(folder) == pytest.approx(losses(base), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim__micro_batch_size": 40}, "larger than the training split of 64"),
+        ({"data__path": "no/such/place/x.jsonl"}, "no file"),
+        ({"model__name_or_path": "./nothing"}, "no folder './nothing'"),
+        ({"adapter__target_modules": "[query]"}, "'query' matches no linear module .* self_attn.q_proj"),
+        ({"run__resume": "elsewhere"}, "run.resume is 'elsewhere'"),
+        ({"model__dtype": "float16", "adapter__dtype": "model"}, "needs a GPU"),
+        ({"run__output_dir": "/proc/nowhere"}, "cannot write to '/proc/nowhere'"),
+    ],
+)
+def test_user_errors_stop_all_ranks_before_anything_is_written(llama, corpus, tmp_path, options, message):
+    import re
+
+    config = tiny_config(llama, corpus, tmp_path / "run", **options)
+    for error in run_ranks(train, 2, config):
+        assert error is not None and re.search(message, error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_tokenizer(llama, corpus, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare)
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    (error,) = run_ranks(train, 1, tiny_config(bare, corpus, tmp_path / "run"))
+    assert error.startswith("ModelError: model.name_or_path: no tokenizer can be loaded")
+
+
+def test_another_run_in_the_folder_is_not_continued(llama, corpus, base, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    options = {"optim__gradient_accumulation_steps": 2}
+    error, _ = run_ranks(train, 2, tiny_config(llama, corpus, copy, optim__lr=0.5, **options))
+    assert "optim.lr was 0.01 and is 0.5" in error
+    error, _ = run_ranks(train, 2, tiny_config(llama, corpus, copy, adapter__r=2, **options))
+    assert "has shape" in error
+    error, _ = run_ranks(train, 2, tiny_config(llama, corpus, copy, run__resume="never", **options))
+    assert "holds a run already" in error

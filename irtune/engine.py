@@ -98,8 +98,12 @@ class Engine:
         self.ds.backward(loss)
         return loss.detach().float()
 
-    def probe_backward(self, batch: dict[str, torch.Tensor]) -> None:
-        """Forward and backward for the hooks of a score only: no gradient reaches optimizer or parameters."""
+    def probe(self, batch: dict[str, torch.Tensor], *, backward: bool) -> None:
+        """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer."""
+        if not backward:
+            with torch.no_grad():
+                self.module(**batch)
+            return
         for _, parameter in self.table.head:
             parameter.requires_grad_(False)
         try:

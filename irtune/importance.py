@@ -22,6 +22,7 @@ class LayerScores:
 
     kind: rms, global, reference (from gradients), weight (from constants) or cosine (from hidden states).
     higher_is_important: False for cosine, where LOW values are selected.
+    needs_gradients: False for weight and cosine, which a forward pass or none tells.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class LayerScores:
         """Prepare to score the layers of `table`; `projections` are L weight matrices, needed for kind weight only."""
         self.table, self.kind, self.device = table, kind, device
         self.higher_is_important = kind != "cosine"
+        self.needs_gradients = kind in GRADIENT_SCORES
         self._weights = [float(w.detach().float().norm()) for w in projections or []] if kind == "weight" else []
         self.reset()
 
@@ -55,7 +57,7 @@ class LayerScores:
         """
         self._micro_batches += 1
         with contextlib.ExitStack() as cleanup:
-            if self.kind in GRADIENT_SCORES:
+            if self.needs_gradients:
                 self._watch_gradients(cleanup, all_layers, factor)
             elif self.kind == "cosine":
                 self._watch_hidden_states(cleanup, attention_mask)

@@ -65,6 +65,9 @@ def start(world: World, timeout_seconds: int) -> None:
         torch.cuda.set_device(world.device)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    # DeepSpeed asks for the launcher's variables even when one process was started by hand.
+    for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return

@@ -149,7 +149,7 @@ class Trainer:
         self.engine.module.train()
         for batch in self._micro_batches(0):
             with self._scored(batch, 1.0):
-                self.engine.probe_backward(batch)
+                self.engine.probe(batch, backward=self.scores.needs_gradients)
         self._tokens = self._examples = 0
         self._select()
 

@@ -1,4 +1,4 @@
-"""Load a run's adapter with peft alone and predict its dev split: python reload_adapter.py RUN BASE CORPUS"""
+"""Load a run's adapter with peft alone and predict its dev split: python -m tests.reload_adapter RUN BASE CORPUS"""
 
 import json
 import sys

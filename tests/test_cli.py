@@ -53,7 +53,7 @@ def test_every_launcher_starts_it(llama, corpus, tmp_path, launcher):
     scripts = Path(sys.executable).parent
     start_with = {
         "python": (sys.executable,),
-        "torchrun": (str(scripts / "torchrun"), "--nproc_per_node", "2", "--master_port", "0"),
+        "torchrun": (str(scripts / "torchrun"), "--standalone", "--nproc_per_node", "2"),
         "deepspeed": (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29871"),
     }[launcher]
     done = start(*arguments(llama, corpus, tmp_path), launcher=start_with)

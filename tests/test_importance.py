@@ -55,7 +55,7 @@ def score_a_step(model, stage, kind, accumulation, probe):
     if probe:
         for batch in rig.mine(rig.steps):
             with scores.micro_batch(batch["attention_mask"], all_layers=True, factor=1.0):
-                rig.engine.probe_backward(batch)
+                rig.engine.probe(batch, backward=True)
     else:
         rig.train(1, scores)
     measured = scores.reduce()

@@ -125,8 +125,9 @@ def test_a_written_configuration_runs_again(base, tmp_path):
 
 
 def test_the_adapter_reproduces_the_metrics_in_a_fresh_process(base, llama, corpus):
-    script = Path(__file__).parent / "reload_adapter.py"
-    done = subprocess.run([sys.executable, script, base, llama, corpus], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tests.reload_adapter", base, llama, corpus]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     answer = json.loads(done.stdout.splitlines()[-1])
     results = json.loads((base / "results.json").read_text())

@@ -1,5 +1,6 @@
 """Entry points: errors that a user can mend become one message and exit status 2, without a traceback."""
 
+import logging
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ INTERRUPTED = 130
 
 def train(arguments: Sequence[str]) -> int:
     """Run `train.py` with `arguments`; returns the exit status."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels that are not used here
     show_traceback = any(argument.startswith("--run.traceback") for argument in arguments)
     try:
         config = load_config(arguments)

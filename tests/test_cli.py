@@ -1,5 +1,7 @@
 """train.py as a user meets it: exit statuses, one message, no traceback."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,10 @@ from tests.tiny import engine_json
 ROOT = Path(__file__).parents[1]
 
 
-def start(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), timeout: float = 170.0):
+def start(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), timeout: float = 170.0, **environment: str):
+    command = [*launcher, str(ROOT / "train.py"), *arguments]
     return subprocess.run(
-        [*launcher, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=timeout, check=False
+        command, capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, **environment}
     )
 
 
@@ -60,3 +63,29 @@ def test_every_launcher_starts_it(llama, corpus, tmp_path, launcher):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "dev accuracy" in done.stdout
     assert (tmp_path / "run/results.json").exists()
+
+
+def test_a_hub_model_in_the_cache_works_with_the_network_off(llama, corpus, tmp_path):
+    snapshot = tmp_path / "cache/hub/models--nobody--tiny/snapshots/0123456789"
+    shutil.copytree(llama, snapshot)
+    reference = snapshot.parents[1] / "refs/main"
+    reference.parent.mkdir()
+    reference.write_text("0123456789")
+    options = arguments(llama, corpus, tmp_path)
+    options[options.index(str(llama))] = "nobody/tiny"
+    # An address where nobody listens: what a machine without network sees.
+    offline = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = start(*options, **offline)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    options[options.index("nobody/tiny")] = "nobody/else"
+    done = start(*options, "--run.output_dir", str(tmp_path / "other"), **offline)
+    assert done.returncode == 2
+    assert "can be loaded from 'nobody/else'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_launch_scripts_pass_shellcheck():
+    scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.sh"))
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

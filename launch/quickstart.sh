@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Everything from nothing: environment, small pretrained model, a corpus, and IR-Tuning on two ranks under ZeRO 2.
+#   bash launch/quickstart.sh [--section.key value ...]
+# IRTUNE_DATA: folder with the real corpora; without it a SYNTHETIC corpus is made. IRTUNE_CACHE, IRTUNE_VENV: where
+# the model and the environment are kept.
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+fetch_model
+columns=()
+if [[ -n ${IRTUNE_DATA:-} ]]; then
+    corpus=$IRTUNE_DATA/iterater
+    columns=(--data.preset iterater-human)
+    say "corpus: $corpus (IteraTeR-HUMAN)"
+else
+    corpus=$CACHE/synthetic
+    [[ -f $corpus/train.jsonl ]] || python -m irtune.data.synthetic "$corpus"
+    say "corpus: $corpus (SYNTHETIC: made-up sentences, see irtune/data/synthetic.py)"
+fi
+
+# Two ranks share the machine: all GPUs if there are two, else CPU ranks with half of the cores each.
+threads=$(($(getconf _NPROCESSORS_ONLN) / 2))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+ranks=2
+[[ $gpus == 1 ]] && ranks=1
+say "IR-Tuning on $ranks rank(s) under ZeRO 2"
+deepspeed --num_gpus "$ranks" train.py --config launch/recipes/quickstart.yaml --model.name_or_path "$MODEL" \
+    --data.path "$corpus" "${columns[@]}" "$@"

@@ -1,5 +1,6 @@
-"""From a configuration to a finished run: build every part, train, write the results."""
+"""From a configuration to a finished run: build, train, write the results."""
 
+import json
 import logging
 import platform
 import sys
@@ -12,18 +13,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from irtune import __version__, runtime
-from irtune.adapters import add_adapters
-from irtune.checkpoint import TRAINABLE, Checkpoints, load_into, read_state, read_tensors
-from irtune.config import Config, write_config
-from irtune.config.engine_json import read_engine_json
-from irtune.data import BatchPlan, Encoder, read_corpus
+from irtune.checkpoint import writing
+from irtune.config import Config
 from irtune.engine import Engine
-from irtune.errors import CheckpointError, ConfigError
-from irtune.importance import LayerScores
 from irtune.memory import peak_host_memory_bytes, peak_memory_bytes
-from irtune.models import load_classifier, output_projections
+from irtune.prepare import Plans, engine_settings, prepare
 from irtune.runtime import World
-from irtune.selection import build_chooser
 from irtune.tracking import Tracker, write_json
 from irtune.trainer import Progress, Trainer
 
@@ -34,31 +29,41 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "
 def run(config: Config) -> dict[str, Any] | None:
     """Train, evaluate and write the run folder. All ranks call it; rank 0 gets the content of results.json.
 
+    A run that is finished already is not touched: its results are returned.
+
     Raises:
         IrtuneError: for everything a user can mend. The process group is left in any case.
     """
     world = runtime.read_world()
     _quiet(world)
-    settings, problems = read_engine_json(config, world.size)
-    problems += _check_device(config, world)
-    if problems:
-        raise ConfigError(problems)
+    settings = engine_settings(config, world)
     runtime.start(world, config.run.timeout_seconds)
     try:
         runtime.seed_everything(config.run.seed, deterministic=config.run.deterministic)
-        trainer, folder = _build(config, settings, world)
-        try:
-            trainer.run()
-            results = _results(trainer, trainer.finish(folder), world)
-        finally:
-            trainer.tracker.close()
-        if world.is_main:
-            write_json(folder / "results.json", results)
-        runtime.barrier()
-        trainer.engine.close()
+        folder = Path(config.run.output_dir).expanduser()
+        plans = prepare(config, settings, world, folder)
+        if plans.finished:
+            log.info("%s is finished; these are its results", folder)
+            return json.loads((folder / "results.json").read_text(encoding="utf-8")) if world.is_main else None
+        with writing(folder):
+            results = _train(plans, world, folder)
     finally:
         runtime.stop()
     return results if world.is_main else None
+
+
+def _train(plans: Plans, world: World, folder: Path) -> dict[str, Any]:
+    trainer = _build(plans, world, folder)
+    try:
+        trainer.run()
+        results = _results(trainer, trainer.finish(folder), world)
+    finally:
+        trainer.tracker.close()
+    if world.is_main:
+        write_json(folder / "results.json", results)
+    runtime.barrier()
+    trainer.engine.close()
+    return results
 
 
 def _quiet(world: World) -> None:
@@ -70,121 +75,39 @@ def _quiet(world: World) -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _check_device(config: Config, world: World) -> list[str]:
-    if world.device.type == "cuda":
-        return []
-    problems = []
-    if config.model.dtype == "float16":
-        problems.append("model.dtype float16 needs a GPU; on a CPU use bfloat16 or float32")
-    if config.model.attn_implementation == "flash_attention_2":
-        problems.append("model.attn_implementation flash_attention_2 needs a GPU; on a CPU use sdpa")
-    return problems
-
-
-def _build(config: Config, settings: dict[str, Any], world: World) -> tuple[Trainer, Path]:
-    """Everything that can fail by the user's doing comes before the first byte is written."""
-    folder = Path(config.run.output_dir).expanduser()
-    micro_batches = world.size * config.optim.gradient_accumulation_steps
-    with runtime.shared_errors():
-        checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
-        resumed = _find_checkpoint(config, checkpoints)
-        corpus = read_corpus(config.data)
-        classifier = load_classifier(config.model, corpus.labels)
-        encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
-        encoded = {split: [encoder.encode(e) for e in examples] for split, examples in corpus.splits.items()}
-        lengths = [len(item["input_ids"]) for item in encoded["train"]]
-        plan = BatchPlan(lengths, config.optim.micro_batch_size, micro_batches, config.run.seed)
-        max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
-        score = config.tuning.score
-        projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None
-        model, table = add_adapters(classifier, config.adapter)
-        _checkpointing(config, model, settings)
-        scores = LayerScores(table, score, world.device, projections)
-        chooser = build_chooser(config.tuning, table.num_layers, config.run.seed)
-        state = None
-        if resumed is not None:
-            state = read_state(resumed)
-            load_into(table.all(), read_tensors(resumed, TRAINABLE), resumed)
-        if world.is_main:
-            _open_folder(folder, config)
-    engine = Engine(model, table, config.optim, settings, park=config.tuning.deselected_state == "offload")
+def _build(plans: Plans, world: World, folder: Path) -> Trainer:
+    """The engine and the trainer, where the run stands."""
+    config, state = plans.config, plans.state
+    park = config.tuning.deselected_state == "offload"
+    engine = Engine(plans.model, plans.table, config.optim, plans.settings, park=park)
     progress = Progress(**state["progress"]) if state is not None else Progress()
+    best = plans.checkpoints.pointer("best")
+    if state is not None and (best is None or best.name != f"step_{progress.best_step}" or not best.is_dir()):
+        progress.best = None  # the best weights so far are not in this folder: look for new ones
     trainer = Trainer(
         config,
         engine=engine,
-        chooser=chooser,
-        scores=scores,
-        plan=plan,
-        corpus=corpus,
-        encoded=encoded,
-        pad_token_id=classifier.tokenizer.pad_token_id,
-        max_steps=max_steps,
-        checkpoints=checkpoints,
-        tracker=Tracker(folder, active=world.is_main, start_step=progress.step, max_steps=max_steps),
+        chooser=plans.chooser,
+        scores=plans.scores,
+        plan=plans.plan,
+        corpus=plans.corpus,
+        encoded=plans.encoded,
+        pad_token_id=plans.pad_token_id,
+        max_steps=plans.max_steps,
+        checkpoints=plans.checkpoints,
+        tracker=Tracker(folder, active=world.is_main, start_step=progress.step, max_steps=plans.max_steps),
         device=world.device,
         progress=progress,
+        identity=plans.identity,
     )
-    if state is not None and resumed is not None:
-        with runtime.shared_errors():
-            _check_same_run(state["run"], trainer.identity(), resumed)
-        trainer.restore(resumed, state)
-        trainer.tracker.say(f"resumed from {resumed} at step {progress.step}")
-    _announce(trainer, settings, world)
-    return trainer, folder
+    if state is not None and plans.resumed is not None:
+        trainer.restore(plans.resumed, state)
+        trainer.tracker.say(f"resumed from {plans.resumed} at step {progress.step}")
+    _announce(trainer, world)
+    return trainer
 
 
-def _find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
-    """The checkpoint to go on from, as `run.resume` says."""
-    latest = checkpoints.pointer("latest")
-    if config.run.resume == "auto":
-        return latest
-    if config.run.resume == "never":
-        if latest is not None:
-            raise ConfigError(
-                f"run.output_dir {config.run.output_dir!r} holds a run already and run.resume is never; choose another "
-                "folder, or set run.resume to auto"
-            )
-        return None
-    path = Path(config.run.resume).expanduser()
-    if not path.is_dir():
-        raise ConfigError(f"run.resume is {config.run.resume!r}; accepted: auto, never, or a checkpoint folder")
-    return path
-
-
-def _check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with another model, data, method or optimizer; names every difference."""
-    changes = []
-    for section, value in now.items():
-        old = saved.get(section)
-        if isinstance(value, dict) and isinstance(old, dict):
-            names = sorted(set(value) | set(old))
-            pairs = [(f"{section}.{name}", old.get(name), value.get(name)) for name in names]
-        else:
-            pairs = [(section, old, value)]
-        changes += [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b]
-    if changes:
-        raise CheckpointError(f"{folder} cannot be continued: {'; '.join(changes)}")
-
-
-def _open_folder(folder: Path, config: Config) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, folder / "config.yaml")
-    except OSError as error:
-        raise ConfigError(f"run.output_dir: cannot write to {str(folder)!r}: {error.strerror}") from error
-
-
-def _checkpointing(config: Config, model: Any, settings: dict[str, Any]) -> None:
-    """Recompute activations: reentrant under ZeRO 3 only, where the other kind sees partitioned parameters."""
-    if not config.model.gradient_checkpointing:
-        return
-    reentrant = settings["zero_optimization"]["stage"] == 3
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()  # else no gradient reaches the adapters
-
-
-def _announce(trainer: Trainer, settings: dict[str, Any], world: World) -> None:
+def _announce(trainer: Trainer, world: World) -> None:
     """Say what is about to happen, with the batch arithmetic."""
     config, table = trainer.config, trainer.engine.table
     optim = config.optim

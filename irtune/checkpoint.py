@@ -6,9 +6,11 @@ checkpoints/step_N/trainable.safetensors   adapters and head
 checkpoints/latest, checkpoints/best       the name of a step folder
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from irtune.errors import CheckpointError
+from irtune.errors import CheckpointError, OutputError
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 
@@ -46,26 +48,27 @@ class Checkpoints:
         *,
         best: bool,
     ) -> None:
-        """Write step_N under another name, flush it, rename it, and only then point `latest` (and `best`) to it."""
+        """Write step_N under another name, flush it, rename it, and only then point (`best` and) `latest` to it."""
         target = self.folder / f"step_{step}"
         scratch = self.folder / f".writing_step_{step}"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
         try:
-            save_file({name: tensor.contiguous() for name, tensor in trainable.items()}, scratch / TRAINABLE)
-            save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, scratch / OPTIMIZER)
-            (scratch / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
-            for file in scratch.iterdir():
-                _flush(file)
-            shutil.rmtree(target, ignore_errors=True)
-            scratch.rename(target)
-        except OSError as error:
+            with writing(target):
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+                save_file({name: tensor.contiguous() for name, tensor in trainable.items()}, scratch / TRAINABLE)
+                save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, scratch / OPTIMIZER)
+                (scratch / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
+                for file in scratch.iterdir():
+                    _flush(file)
+                shutil.rmtree(target, ignore_errors=True)
+                scratch.rename(target)
+                if best:
+                    self._point("best", target)
+                self._point("latest", target)
+                self._prune(target)
+        except OutputError:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise CheckpointError(f"cannot write checkpoint {target}: {error.strerror}") from error
-        self._point("latest", target)
-        if best:
-            self._point("best", target)
-        self._prune()
+            raise
 
     def _point(self, name: str, target: Path) -> None:
         scratch = self.folder / f".{name}"
@@ -73,12 +76,22 @@ class Checkpoints:
         _flush(scratch)
         scratch.replace(self.folder / name)
 
-    def _prune(self) -> None:
-        best = self.pointer("best")
-        steps = sorted(self.folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-        for path in steps[: -self.keep_last]:
-            if path != best:
-                shutil.rmtree(path)
+    def _prune(self, newest: Path) -> None:
+        """Keep the newest `keep_last` and the best. Later steps belong to a run that was gone back from."""
+        number = {path: int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit()}
+        until = sorted((path for path in number if number[path] <= number[newest]), key=number.__getitem__)
+        kept = {*until[-self.keep_last :], self.pointer("best"), newest}
+        for path in number.keys() - kept:
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn the errors of a full disk or a read-only folder into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {what}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Entry points: errors that a user can mend become one message and exit status 2, without a traceback."""
 
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
+from irtune import launcher
 from irtune.config import load_config
 from irtune.errors import ConfigError, IrtuneError
 
@@ -38,7 +38,7 @@ def train(arguments: Sequence[str]) -> int:
 
 def _report(error: IrtuneError) -> None:
     """Rank 0 speaks for errors that all ranks share; a rank that fails alone speaks for itself."""
-    rank = os.environ.get("RANK", "0")
+    rank = launcher.variable("RANK", "0")
     if rank == "0":
         sys.stderr.write(f"error: {error}\n")
     elif not isinstance(error, ConfigError):
@@ -57,5 +57,5 @@ def _summary(results: dict, folder: str) -> None:
         f"{results['optimizer_state_bytes_at_selections']['max']:,} at most\n"
         f"{results['steps']} steps in {results['wall_seconds']:.0f} s "
         f"({results['examples_per_second']:.1f} examples/s on {results['world_size']} rank(s))\n"
-        f"results in {folder}; pictures: tensorboard --bind_all=false --logdir {folder}/tensorboard\n"
+        f"results in {folder}; pictures: tensorboard --host localhost --logdir {folder}/tensorboard\n"
     )

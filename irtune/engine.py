@@ -8,6 +8,7 @@ gives each layer its own Adam step count. `_configure_optimizer` and `_backward_
 """
 
 import contextlib
+import difflib
 import gc
 import logging
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from irtune import runtime
@@ -28,6 +30,19 @@ HEAD = "head"
 PRIVATE = ("_configure_optimizer", "_backward_post_hook")
 Key = int | str
 log = logging.getLogger(__name__)
+
+
+def unknown_zero_keys(settings: dict[str, Any]) -> list[str]:
+    """One sentence for each key of the zero_optimization section that this DeepSpeed does not know."""
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(field.alias for field in fields.values() if isinstance(field.alias, str))}
+    problems = []
+    for key in settings.get("zero_optimization", {}):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"deepspeed: unknown key zero_optimization.{key}{hint}")
+    return problems
 
 
 def check_version() -> None:
@@ -149,6 +164,9 @@ class Engine:
         self.ds._configure_optimizer(self._new_adamw(selected), None)
         if hasattr(self.ds.optimizer, "register_grad_acc_post_hook"):
             self.ds.optimizer.register_grad_acc_post_hook(self.ds._backward_post_hook)
+        for name in ("loss_scaler", "loss_scale_config"):  # fp16: the scale that was found goes on
+            if hasattr(old, name):
+                setattr(self.ds.optimizer, name, getattr(old, name))
         self._import_state(saved)
         self._release(old, dropped)
 
@@ -313,11 +331,10 @@ class Engine:
                 parameter.data.copy_(tensors[name])
 
     def save_adapter(self, folder: str) -> None:
-        """Write adapters and head in peft's format to `folder` (rank 0 writes). Collective."""
+        """Write adapters and head in peft's format to `folder`. Collective; rank 0 writes."""
         with self._whole(write=False):
             if runtime.rank() == 0:
                 self.module.save_pretrained(folder, is_main_process=True)  # type: ignore[operator]
-        runtime.barrier()
 
     def close(self) -> None:
         """Release the engine's hooks and buffers."""

@@ -35,6 +35,10 @@ class CheckpointError(IrtuneError):
     """A checkpoint that is damaged or belongs to another run."""
 
 
+class OutputError(IrtuneError):
+    """Results that cannot be written: a full disk, a read-only folder."""
+
+
 class DistributedError(IrtuneError):
     """Ranks that disagree, die or do not answer in time."""
 

@@ -74,6 +74,15 @@ def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
         label2id={label: number for number, label in enumerate(labels)},
         trust_remote_code=config.trust_remote_code,
     )
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source} is an encoder-decoder model, which has two lists of layers; accepted: models with one"
+        )
+    if tokenizer.pad_token_id >= settings.vocab_size:
+        raise ModelError(
+            f"{source}: the tokenizer pads with token {tokenizer.pad_token_id}, but the model has embeddings for "
+            f"{settings.vocab_size} tokens only; tokenizer and model do not belong together"
+        )
     settings.pad_token_id = tokenizer.pad_token_id
     settings.use_cache = False
     model, info = _load(
@@ -87,12 +96,29 @@ def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
     )
+    return Classifier(model, tokenizer, _checked_anatomy(source, model, info))
+
+
+def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:
+    """Anatomy of a loaded model whose layers all came from the files."""
     replaced = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    anatomy = find_anatomy(model, set(info["missing_keys"]) | replaced)
-    wrong = [key for key in replaced if f".{anatomy.layers}." in f".{key}"]
+    random = set(info["missing_keys"]) | replaced
+    anatomy = find_anatomy(model, random)
+    wrong = sorted(key for key in random if f".{anatomy.layers}." in f".{key}")
     if wrong:
-        raise ModelError(f"{source}: {wrong[0]} has another shape in the files than in config.json")
-    return Classifier(model, tokenizer, anatomy)
+        reason = "has another shape in the files than in config.json" if wrong[0] in replaced else "is not in the files"
+        raise ModelError(f"{source}: {wrong[0]} {reason} ({len(wrong)} such weights in the layers)")
+    return anatomy
+
+
+def longest_input(classifier: Classifier) -> int | None:
+    """Tokens that the model has positions for, or None where nothing says."""
+    limits = [
+        getattr(classifier.model.config, "max_position_embeddings", None),
+        classifier.tokenizer.model_max_length,
+    ]
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+    return min(known, default=None)
 
 
 def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
@@ -102,7 +128,7 @@ def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
             return kind.from_pretrained(source, **options)
         except OSError:
             return kind.from_pretrained(source, local_files_only=True, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except Exception as error:  # damaged files raise whatever their library raises
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason}") from error
 

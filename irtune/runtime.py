@@ -1,13 +1,11 @@
 """Processes: who am I, how many are we, what do the others say. Every helper also works with one process.
 
-This is the only room that reads environment variables: rank and addresses come from the launcher (deepspeed, torchrun)
-and from nowhere else.
+Rank and addresses come from the variables of the launcher (deepspeed, torchrun) and from nowhere else.
 """
 
 import contextlib
 import datetime
 import hashlib
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from irtune import launcher
 from irtune.errors import ConfigError, DistributedError, IrtuneError
 
 
@@ -43,16 +42,17 @@ def read_world() -> World:
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     try:
-        rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in zip(names, "001"))
+        rank, local_rank, size = (int(launcher.variable(name, default)) for name, default in zip(names, "001"))
+        # torchrun and deepspeed each have a name for the number of ranks on this node.
+        here = int(launcher.variable("LOCAL_WORLD_SIZE", launcher.variable("LOCAL_SIZE", str(local_rank + 1))))
     except ValueError:
-        values = {name: os.environ.get(name) for name in names}
+        values = {name: launcher.variable(name, "") for name in names}
         raise ConfigError(f"the launcher's variables must be whole numbers, not {values}") from None
     if not torch.cuda.is_available():
         return World(rank, local_rank, size, torch.device("cpu"))
-    if local_rank >= torch.cuda.device_count():
+    if here > torch.cuda.device_count():  # told to every rank, so that none waits for one that cannot start
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start at most that many "
-            "ranks on it"
+            f"{here} ranks on a node with {torch.cuda.device_count()} GPU(s); accepted: at most one rank for each GPU"
         )
     return World(rank, local_rank, size, torch.device("cuda", local_rank))
 
@@ -67,7 +67,7 @@ def start(world: World, timeout_seconds: int) -> None:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     # DeepSpeed asks for the launcher's variables even when one process was started by hand.
     for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
-        os.environ.setdefault(name, str(value))
+        launcher.set_default(name, str(value))
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
@@ -158,10 +158,5 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by torch for deterministic cuBLAS
+        launcher.set_default("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by torch for deterministic cuBLAS
         torch.use_deterministic_algorithms(True)
-
-
-def data_folder() -> str | None:
-    """Folder of the real corpora for tests and benchmarks, from IRTUNE_DATA."""
-    return os.environ.get("IRTUNE_DATA")

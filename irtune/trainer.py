@@ -1,6 +1,7 @@
 """The loop: accumulate, update, select, evaluate, save."""
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from irtune import runtime
-from irtune.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors
+from irtune.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, writing
 from irtune.config import Config
 from irtune.data import BatchPlan, Corpus, collate
 from irtune.engine import Engine, verify_selection
@@ -60,11 +61,12 @@ class Trainer:
         tracker: Tracker,
         device: torch.device,
         progress: Progress,
+        identity: dict[str, Any],
     ):
         self.config, self.engine, self.chooser, self.scores = config, engine, chooser, scores
         self.plan, self.corpus, self.encoded, self.pad_token_id = plan, corpus, encoded, pad_token_id
         self.max_steps, self.checkpoints, self.tracker, self.device = max_steps, checkpoints, tracker, device
-        self.progress = progress
+        self.progress, self.identity = progress, identity
         self.eval_every = config.run.eval_every or plan.steps_per_epoch
         self.num_layers = engine.table.num_layers
         self._window: list[torch.Tensor] = []
@@ -79,11 +81,13 @@ class Trainer:
         before = self.progress.seconds
         if self.progress.step == 0:
             self._first_selection()
+        elif self.progress.best is None:  # resumed at a step whose best weights are elsewhere
+            self._evaluate_and_save()
         while self.progress.step < self.max_steps:
             self._train_step()
             step = self.progress.step
             self.progress.seconds = before + time.perf_counter() - started
-            if self.chooser.is_due(step):
+            if self._selects_after(step):
                 self._select()
             if step % self.config.run.log_every == 0 or step == self.max_steps:
                 self._log()
@@ -92,10 +96,15 @@ class Trainer:
             elif self.config.run.save_every and step % self.config.run.save_every == 0:
                 self._save(best=False)
 
+    def _selects_after(self, step: int) -> bool:
+        """Whether layers are chosen after `step`; not after the last, when nothing would train them."""
+        return self.chooser.is_due(step) and step < self.max_steps
+
     def _train_step(self) -> None:
         """One global batch: this rank's micro-batches, then the update."""
         step, optim = self.progress.step, self.config.optim
-        scoring = self.chooser.needs_scores and self.chooser.is_due(step + 1)
+        scoring = self.chooser.needs_scores and self._selects_after(step + 1)
+        fresh = self.config.tuning.scores == "fresh"
         rate = learning_rate(
             step,
             peak=optim.lr,
@@ -106,7 +115,7 @@ class Trainer:
         self.engine.module.train()
         total = torch.zeros((), device=self.device)
         for batch in self._micro_batches(step):
-            with self._scored(batch, self.engine.gradient_factor) if scoring else contextlib.nullcontext():
+            with self._scored(batch, self.engine.gradient_factor, fresh) if scoring else contextlib.nullcontext():
                 total += self.engine.forward_backward(batch)
             self.engine.step(rate)
         self._window.append(total / self.engine.accumulation_steps)
@@ -135,9 +144,8 @@ class Trainer:
 
     # ----- selection -----
 
-    def _scored(self, batch: dict[str, torch.Tensor], factor: float):
-        everything = self.config.tuning.scores == "fresh" or self.progress.step == 0
-        return self.scores.micro_batch(batch["attention_mask"], all_layers=everything, factor=factor)
+    def _scored(self, batch: dict[str, torch.Tensor], factor: float, all_layers: bool):
+        return self.scores.micro_batch(batch["attention_mask"], all_layers=all_layers, factor=factor)
 
     def _first_selection(self) -> None:
         """Choose before any update, so that no step trains all layers."""
@@ -148,7 +156,7 @@ class Trainer:
             return
         self.engine.module.train()
         for batch in self._micro_batches(0):
-            with self._scored(batch, 1.0):
+            with self._scored(batch, 1.0, all_layers=True):
                 self.engine.probe(batch, backward=self.scores.needs_gradients)
         self._tokens = self._examples = 0
         self._select()
@@ -194,17 +202,29 @@ class Trainer:
 
     # ----- records -----
 
+    def _drain(self) -> list[float]:
+        """Mean losses over ranks of the steps since the last log line, oldest first. Collective.
+
+        Raises:
+            TrainingError: when one is not finite; nothing is saved after such a step.
+        """
+        if self._window:
+            window = runtime.all_reduce(torch.stack(self._window)) / runtime.launched_world_size()
+            self.progress.losses += window.tolist()
+            self._window = []
+        losses, step = self.progress.losses, self.progress.step
+        bad = [step - len(losses) + 1 + i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            raise TrainingError(f"the loss is not finite at steps {bad}; lower optim.lr, or use model.dtype float32")
+        return losses
+
     def _log(self) -> None:
         """Reduce and record the losses since the last line."""
-        window = runtime.all_reduce(torch.stack(self._window)) / runtime.launched_world_size()
-        losses = self.progress.losses + window.tolist()
-        self._window, self.progress.losses = [], []
+        losses = self._drain()
+        self.progress.losses = []
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         step = self.progress.step
-        if not torch.isfinite(torch.tensor(losses)).all():
-            bad = [step - len(losses) + 1 + i for i, loss in enumerate(losses) if not abs(loss) < float("inf")]
-            raise TrainingError(f"the loss is not finite at steps {bad}; lower optim.lr, or use model.dtype float32")
         self.tracker.train(
             {
                 "step": step,
@@ -259,19 +279,16 @@ class Trainer:
         best = self.progress.best is None or value > self.progress.best
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step
-        if best or not self.config.run.save_every or self.progress.step == self.max_steps:
+        every = self.config.run.save_every
+        if best or not every or self.progress.step % every == 0 or self.progress.step == self.max_steps:
             self._save(best=best)
         self._mark = time.perf_counter()  # speed is that of training
 
     def _save(self, *, best: bool) -> None:
         """Write a checkpoint. Collective."""
-        if self._window:  # keep the losses since the last log line
-            window = runtime.all_reduce(torch.stack(self._window)) / runtime.launched_world_size()
-            self.progress.losses += window.tolist()
-            self._window = []
+        self._drain()  # the losses since the last log line are kept
         trainable = self.engine.trainable()
         tensors, steps = self.engine.full_state()
-        error = None
         with runtime.shared_errors():
             if runtime.rank() == 0:
                 state = {
@@ -279,24 +296,9 @@ class Trainer:
                     "selected": self.engine.selected,
                     "chooser": self.chooser.state_dict(),
                     "adam_steps": steps,
-                    "run": self.identity(),
+                    "run": self.identity,
                 }
                 self.checkpoints.save(self.progress.step, trainable, tensors, state, best=best)
-        assert error is None
-
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued."""
-        config = self.config
-        optim = {k: v for k, v in vars(config.optim).items() if k != "gradient_accumulation_steps"}
-        return {
-            "model": vars(config.model),
-            "adapter": vars(config.adapter),
-            "tuning": vars(config.tuning),
-            "optim": optim | {"micro_batches_per_step": self.plan.micro_batches, "max_steps": self.max_steps},
-            "data": {k: v for k, v in vars(config.data).items() if k not in ("path", "train", "dev", "test")},
-            "labels": self.corpus.labels,
-            "seed": config.run.seed,
-        }
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Take over selection, chooser and optimizer state; adapters are already in the model."""
@@ -306,9 +308,11 @@ class Trainer:
 
     def finish(self, folder: Path) -> dict[str, Any]:
         """Evaluate with the best weights: dev, and test once; write predictions and adapter. Returns the metrics."""
-        best = self.checkpoints.pointer("best")
-        if self.progress.best_step != self.progress.step or self._last is None:
-            self.engine.load_trainable(read_tensors(best, TRAINABLE) if best is not None else {})
+        if self._last is None or self._last[0] != self.progress.best_step:
+            best = self.checkpoints.folder / f"step_{self.progress.best_step}"
+            with runtime.shared_errors():
+                weights = read_tensors(best, TRAINABLE)
+            self.engine.load_trainable(weights)
             self._last = (self.progress.best_step, self.predict("dev"))
         predictions = {"dev": self._last[1]}
         if "test" in self.corpus.splits:
@@ -316,8 +320,8 @@ class Trainer:
         results = {split: metrics(values, self.corpus.labels) for split, values in predictions.items()}
         if "test" in results:
             self.tracker.evaluation(self.progress.best_step, "test", results["test"])
-        if runtime.rank() == 0:
-            for split, values in predictions.items():
+        with runtime.shared_errors(), writing(folder):
+            for split, values in predictions.items() if runtime.rank() == 0 else ():
                 name = "predictions.jsonl" if split == "dev" else f"predictions_{split}.jsonl"
                 examples = self.corpus.splits[split]
                 write_predictions(
@@ -327,5 +331,5 @@ class Trainer:
                     values.probabilities,
                     self.corpus.labels,
                 )
-        self.engine.save_adapter(str(folder / "adapter"))
+            self.engine.save_adapter(str(folder / "adapter"))
         return results

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from irtune.runtime import data_folder
+from irtune.launcher import data_folder
 from tests import tiny
 
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from transformers import (
 from irtune.adapters import add_adapters
 from irtune.config import AdapterConfig, ModelConfig
 from irtune.errors import ConfigError, ModelError
-from irtune.models import find_anatomy, linear_names, load_classifier, output_projections
+from irtune.models import find_anatomy, linear_names, load_classifier, longest_input, output_projections
 
 pytestmark = pytest.mark.quick
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -69,7 +69,8 @@ def test_weights_missing_from_the_files_are_trained_with_the_head(tmp_path, bert
 def test_a_head_for_other_labels_is_replaced(tmp_path, llama):
     from transformers import AutoTokenizer
 
-    model = LlamaForSequenceClassification(LlamaConfig(**SMALL, num_key_value_heads=1, num_labels=7))
+    sizes = SMALL | {"vocab_size": 400}
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_key_value_heads=1, num_labels=7))
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
     classifier = load_classifier(ModelConfig(name_or_path=str(tmp_path), dtype="float32"), ["a", "b"])
@@ -88,7 +89,7 @@ def test_padding_is_set_in_tokenizer_and_model(tmp_path, llama):
     tokenizer.save_pretrained(tmp_path)
     classifier = load_classifier(ModelConfig(name_or_path=str(tmp_path), dtype="float32"), ["a", "b"])
     assert classifier.tokenizer.pad_token == "</s>"
-    assert classifier.model.config.pad_token_id == classifier.tokenizer.pad_token_id == 3
+    assert classifier.model.config.pad_token_id == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("dtype", ["float32", "model"])
@@ -116,3 +117,36 @@ def test_targets_that_match_nothing_list_what_exists(llama):
 def test_a_model_without_layers_is_refused():
     with pytest.raises(ModelError, match="no list of transformer layers"):
         find_anatomy(torch.nn.Linear(2, 2))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path, llama):
+    from transformers import AutoTokenizer, BartConfig, BartForSequenceClassification
+
+    sizes = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 16,
+             "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    BartForSequenceClassification(BartConfig(**sizes)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        load_classifier(ModelConfig(name_or_path=str(tmp_path)), ["a", "b"])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing layer", "tokenizer"])
+def test_damaged_models_are_named(tmp_path, llama, damage):
+    from safetensors.torch import load_file, save_file
+
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "tokenizer":
+        (tmp_path / "tokenizer.json").write_text("{}")
+    else:
+        kept = {name: tensor for name, tensor in load_file(weights).items() if ".layers.3." not in name}
+        save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"is not in the files|can be loaded"):
+        load_classifier(ModelConfig(name_or_path=str(tmp_path)), ["a", "b"])
+
+
+def test_the_longest_input_is_known(bert):
+    assert longest_input(load_classifier(ModelConfig(name_or_path=str(bert)), ["a", "b"])) == 512

@@ -13,9 +13,13 @@ from tests.ranks import run_ranks
 def test_more_ranks_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="local rank 2 has no GPU: this node has 2"):
-        runtime.read_world()
+    for variable in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun, deepspeed
+        with monkeypatch.context() as launcher:
+            launcher.setenv(variable, "3")
+            for rank in "012":
+                launcher.setenv("LOCAL_RANK", rank)
+                with pytest.raises(ConfigError, match=r"3 ranks on a node with 2 GPU\(s\)"):
+                    runtime.read_world()
 
 
 @pytest.mark.quick

@@ -31,7 +31,7 @@ LAYERS = 6
 def save_model(folder: Path, kind: str = "llama", layers: int = LAYERS, hidden: int = 32) -> Path:
     """A randomly initialised model of `layers` layers in fp32, without a head, with a word-level tokenizer."""
     words = sorted({w for row in synthetic_pairs(200) for w in row["before"].split() + row["after"].split()})
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *words])}
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -39,22 +39,23 @@ def save_model(folder: Path, kind: str = "llama", layers: int = LAYERS, hidden: 
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(7)
-    size = len(vocabulary)
+    size, pad = len(tokenizer), tokenizer.pad_token_id
     builders = {
         "llama": lambda: LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+                num_attention_heads=4, num_key_value_heads=2, pad_token_id=pad,
             )
         ),
         "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=size, n_embd=hidden, n_layer=layers, n_head=4, pad_token_id=0, resid_pdrop=0.0,
+            GPT2Config(vocab_size=size, n_embd=hidden, n_layer=layers, n_head=4, pad_token_id=pad, resid_pdrop=0.0,
                        embd_pdrop=0.0, attn_pdrop=0.0)
         ),
         "bert": lambda: BertModel(
             BertConfig(
                 vocab_size=size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
-                intermediate_size=2 * hidden, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                intermediate_size=2 * hidden, pad_token_id=pad, hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
             )
         ),
     }  # fmt: skip

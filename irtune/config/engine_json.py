@@ -1,5 +1,6 @@
 """The DeepSpeed JSON: engine knobs only. What the recipe decides is filled in where the file says "auto"."""
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,16 @@ RECIPE_ONLY = {
 }
 
 
-def read_engine_json(config: Config, world_size: int) -> tuple[dict[str, Any], list[str]]:
-    """Read and complete the file named by `config.deepspeed`.
+# What may stand at the top of the file: knobs of the engine that do not change what is computed.
+KNOBS = {
+    "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "bf16", "fp16", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
+    "communication_data_type", "comms_logger", "flops_profiler", "aio", "dump_state",
+}  # fmt: skip
+
+
+def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, Any], list[str]]:
+    """Read and complete the file named by `config.deepspeed`; without a `world_size`, leave out what depends on it.
 
     Returns:
         The settings for deepspeed.initialize, and one sentence per problem (contradictions show both values).
@@ -31,23 +40,37 @@ def read_engine_json(config: Config, world_size: int) -> tuple[dict[str, Any], l
         return {}, [f"deepspeed: {path} is not valid JSON: {error}"]
     if not isinstance(settings, dict):
         return {}, [f"deepspeed: {path} must hold an object, not a {type(settings).__name__}"]
-    problems = [
-        f"{path}: {key!r} belongs to {owner}; take it out of the DeepSpeed file"
-        for key, owner in RECIPE_ONLY.items()
-        if key in settings
-    ]
+    problems = _unknown(settings, path)
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(settings.setdefault(key, {}), dict):
+            problems.append(f"{path}: {key} must hold an object, not {settings[key]!r}")
+    if problems:
+        return {}, problems
     for key, (option, value) in _decided(config, world_size).items():
         given = _get(settings, key)
         if given not in (None, "auto", value):
             problems.append(f'{path}: {key} is {given!r}, but {option} makes it {value!r}; write "auto"')
         _set(settings, key, value)
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    stage = settings["zero_optimization"].setdefault("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {stage!r}; accepted: 0, 1, 2, 3")
     # The optimizer is torch's AdamW: ZeRO must accept it, and offload must not insist on DeepSpeed's own.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     settings.setdefault("steps_per_print", 2**31)
     return settings, problems
+
+
+def _unknown(settings: dict[str, Any], path: Path) -> list[str]:
+    """Keys that the recipe decides, or that nobody knows."""
+    problems = []
+    for key in settings:
+        if key in RECIPE_ONLY:
+            problems.append(f"{path}: {key!r} belongs to {RECIPE_ONLY[key]}; take it out of the DeepSpeed file")
+        elif key not in KNOBS:
+            near = difflib.get_close_matches(key, KNOBS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(sorted(KNOBS))}"
+            problems.append(f"{path}: unknown key {key!r}; {hint}")
+    return problems
 
 
 def find_engine_json(name: str) -> Path | None:
@@ -62,20 +85,22 @@ def engine_dtype(config: Config) -> str:
     return config.model.dtype if config.adapter.dtype == "model" else "float32"
 
 
-def _decided(config: Config, world_size: int) -> dict[str, tuple[str, Any]]:
+def _decided(config: Config, world_size: int | None) -> dict[str, tuple[str, Any]]:
     """Key of the JSON -> the option that decides it, and its value."""
     optim, dtype = config.optim, engine_dtype(config)
-    return {
+    decided: dict[str, tuple[str, Any]] = {
         "train_micro_batch_size_per_gpu": ("optim.micro_batch_size", optim.micro_batch_size),
         "gradient_accumulation_steps": ("optim.gradient_accumulation_steps", optim.gradient_accumulation_steps),
-        "train_batch_size": (
-            f"optim.micro_batch_size x optim.gradient_accumulation_steps x {world_size} ranks",
-            optim.micro_batch_size * optim.gradient_accumulation_steps * world_size,
-        ),
         "gradient_clipping": ("optim.max_grad_norm", optim.max_grad_norm),
         "bf16.enabled": ("adapter.dtype with model.dtype", dtype == "bfloat16"),
         "fp16.enabled": ("adapter.dtype with model.dtype", dtype == "float16"),
     }
+    if world_size is not None:
+        decided["train_batch_size"] = (
+            f"optim.micro_batch_size x optim.gradient_accumulation_steps x {world_size} ranks",
+            optim.micro_batch_size * optim.gradient_accumulation_steps * world_size,
+        )
+    return decided
 
 
 def _get(settings: dict[str, Any], key: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from irtune.config.engine_json import read_engine_json
 from irtune.config.presets import fill_presets
 from irtune.config.schema import (
     AdapterConfig,
@@ -75,6 +76,7 @@ def load_config(arguments: Sequence[str]) -> Config:
     checked |= _typed(overrides, "", problems, from_command_line=True)
     config = _instantiate(fill_presets(checked))
     problems += check_config(config)
+    problems += read_engine_json(config, world_size=None)[1]
     if problems:
         raise ConfigError(problems)
     return config
@@ -150,11 +152,23 @@ def _typed(values: dict[str, Any], where: str, problems: list[str], *, from_comm
                 parsed = parser().parse_args([f"--{key}={value}"])
             else:
                 section, _, field = key.rpartition(".")
+                value = _labels_as_text(value) if key in ("data.labels", "data.drop_labels") else value
                 parsed = parser().parse_object({section: {field: value}} if section else {key: value})
             good[key] = parsed[key]
         except Exception as error:  # jsonargparse raises several kinds for a value of the wrong type
             problems.append(f"{where}{key}: {_accepted(key)}, not {value!r}" if _accepted(key) else f"{key}: {error}")
     return good
+
+
+def _labels_as_text(value: Any) -> Any:
+    """Labels that YAML reads as numbers are names all the same."""
+
+    def text(item: Any) -> Any:
+        return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
+
+    if isinstance(value, dict):
+        return {text(key): text(item) for key, item in value.items()}
+    return [text(item) for item in value] if isinstance(value, list) else value
 
 
 def _accepted(key: str) -> str:

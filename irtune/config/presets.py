@@ -19,6 +19,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "data.drop_labels": ["others"],  # by convention: 45 of 2,946 rows, no intention of its own
     },
     ("data.preset", "argrewrite"): {"data.before": "source", "data.after": "target", "data.label": "label"},
+    ("tuning.method", "rst"): {"tuning.interval": 1},  # a new draw at every step
     ("tuning.preset", "reference"): {
         "tuning.score": "reference",
         "tuning.scores": "stale",

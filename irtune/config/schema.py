@@ -162,8 +162,6 @@ class RunConfig:
     """Only deterministic kernels (slower on a GPU)."""
     timeout_seconds: int = 1800
     """Longest wait for another rank before the run stops with an error."""
-    max_bad_steps: int = 10
-    """Steps in a row with a loss that is not finite before training stops."""
     traceback: bool = False
     """Show the traceback of user errors as well."""
 

@@ -47,7 +47,6 @@ def _check_numbers(config: Config) -> list[str]:
         ("run.save_every", run.save_every, run.save_every >= 0, "at least 0"),
         ("run.keep_last", run.keep_last, run.keep_last >= 1, "at least 1"),
         ("run.timeout_seconds", run.timeout_seconds, run.timeout_seconds >= 1, "at least 1"),
-        ("run.max_bad_steps", run.max_bad_steps, run.max_bad_steps >= 1, "at least 1"),
     ]
     problems = [f"{key} is {value!r}; accepted: {accepted}" for key, value, good, accepted in rules if not good]
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

@@ -2,11 +2,11 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from irtune.config.schema import DataConfig
-from irtune.data.tables import SUFFIXES, Row, read_table
+from irtune.data.tables import SUFFIXES, NumberedRows, Row, read_table
 from irtune.errors import DataError
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
@@ -38,28 +38,33 @@ def read_corpus(data: DataConfig) -> Corpus:
             training split, and cells that are not text. Names the file, row, column and value.
     """
     tables = {split: _kept(rows, where, data) for split, (where, rows) in _find_splits(data).items()}
-    raw = {split: [label for _, label in _labels(rows, where, data)] for split, (where, rows) in tables.items()}
-    labels = _label_names(raw, {split: where for split, (where, _) in tables.items()}, data)
-    number = {label: index for index, label in enumerate(labels)}
-    splits = {}
+    splits, raw = {}, {}
     for split, (where, rows) in tables.items():
-        examples = [
+        raw[split] = [label for _, label in _labels(rows, where, data)]
+        splits[split] = [
             Example(
-                id=str(row[data.id]) if data.id in row else f"{split}:{position}",
-                before=_text(row, data.before, where, position),
-                after=None if data.after is None else _text(row, data.after, where, position),
-                label=number[name],
+                id=str(row[data.id]) if data.id in row else f"{split}:{number}",
+                before=_text(row, data.before, where, number),
+                after=None if data.after is None else _text(row, data.after, where, number),
+                label=-1,  # numbered once all splits are known
             )
-            for (position, row), name in zip(rows, raw[split])
+            for number, row in rows
         ]
-        _check_ids(examples, where, data.id)
-        splits[split] = examples
-    return Corpus(splits, labels)
+        _check_ids(splits[split], where, data.id)
+    labels = _label_names(raw, {split: where for split, (where, _) in tables.items()}, data)
+    index = {label: position for position, label in enumerate(labels)}
+    return Corpus(
+        {
+            split: [replace(example, label=index[name]) for example, name in zip(examples, raw[split])]
+            for split, examples in splits.items()
+        },
+        labels,
+    )
 
 
-def _find_splits(data: DataConfig) -> dict[str, tuple[str, list[Row]]]:
+def _find_splits(data: DataConfig) -> dict[str, tuple[str, NumberedRows]]:
     """Rows of each split with the place they come from, for messages."""
-    found: dict[str, tuple[str, list[Row]]] = {}
+    found: dict[str, tuple[str, NumberedRows]] = {}
     for split in SPLITS:
         named = getattr(data, split)
         if named is not None:
@@ -74,7 +79,7 @@ def _find_splits(data: DataConfig) -> dict[str, tuple[str, list[Row]]]:
                 if split not in found:
                     found[split] = (str(file), read_table(file))
         elif data.path.count("/") <= 1 and not data.path.startswith((".", "/", "~")):
-            found = _from_hub(data.path) | found
+            found = _from_hub(data.path, data.label) | found
         else:
             raise DataError(f"there is no file or folder {data.path!r}")
     for split in ("train", "dev"):
@@ -97,7 +102,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _from_hub(name: str) -> dict[str, tuple[str, list[Row]]]:
+def _from_hub(name: str, label: str) -> dict[str, tuple[str, NumberedRows]]:
     import datasets
 
     try:
@@ -111,23 +116,30 @@ def _from_hub(name: str) -> dict[str, tuple[str, list[Row]]]:
     for split, stems in SPLITS.items():
         for stem in stems:
             if stem in loaded and split not in found:
-                found[split] = (f"{name} ({stem})", loaded[stem].to_list())
+                part = loaded[stem]
+                names = getattr(part.features.get(label), "names", None)  # a class column holds numbers
+                rows = part.to_list()
+                if names is not None:
+                    rows = [row | {label: names[row[label]]} for row in rows]
+                found[split] = (f"{name} ({stem})", list(enumerate(rows, 1)))
     return found
 
 
-NumberedRows = list[tuple[int, Row]]
-
-
-def _kept(rows: list[Row], where: str, data: DataConfig) -> tuple[str, NumberedRows]:
-    """Check the columns and leave out rows whose raw label is dropped; rows keep their number, counted from 1."""
+def _kept(rows: NumberedRows, where: str, data: DataConfig) -> tuple[str, NumberedRows]:
+    """Check the columns and leave out rows whose raw label is dropped; rows keep their number."""
+    first = rows[0][1]
     for column in (data.before, data.after, data.label):
-        if column is None or column in rows[0]:
+        if column is None or column in first:
             continue
-        known = [str(name) for name in rows[0]]
+        known = [str(name) for name in first]
         near = difflib.get_close_matches(column, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(f"{where}: no column {column!r}{hint} Columns: {', '.join(known[:20])}")
-    kept = [(number, row) for number, row in enumerate(rows, 1) if str(row.get(data.label)) not in data.drop_labels]
+    for number, row in rows:
+        lacking = [column for column in (data.before, data.after, data.label) if column and column not in row]
+        if lacking:
+            raise DataError(f"{where}, row {number}: no column {lacking[0]!r}, which other rows have")
+    kept = [(number, row) for number, row in rows if str(row[data.label]) not in data.drop_labels]
     if not kept:
         raise DataError(f"{where}: no rows are left without the labels {data.drop_labels}")
     return where, kept
@@ -153,6 +165,8 @@ def _labels(rows: NumberedRows, where: str, data: DataConfig) -> Iterable[tuple[
 
 def _label_names(raw: dict[str, list[str]], places: dict[str, str], data: DataConfig) -> list[str]:
     train = set(raw["train"])
+    if data.labels is None and len(train) < 2:
+        raise DataError(f"{places['train']}: only one label ({raw['train'][0]!r}); at least 2 are needed")
     for split, names in raw.items():
         strange = sorted(set(names) - train)
         if strange:
@@ -162,10 +176,7 @@ def _label_names(raw: dict[str, list[str]], places: dict[str, str], data: DataCo
             )
     if isinstance(data.labels, dict):
         return list(dict.fromkeys(data.labels.values()))
-    labels = data.labels if data.labels is not None else sorted(train)
-    if len(labels) < 2:
-        raise DataError(f"{places['train']}: only one label ({labels[0]!r}); at least 2 are needed")
-    return list(labels)
+    return list(data.labels) if data.labels is not None else sorted(train)
 
 
 def _text(row: Row, column: str, where: str, number: int) -> str:

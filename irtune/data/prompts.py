@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from irtune.config.schema import DataConfig
 from irtune.data.corpus import Example
-from irtune.errors import ConfigError
+from irtune.errors import ConfigError, DataError
 
 # Pieces of each template around {before} and {after}. The instruction also gets the list of labels.
 TAGGED = ("<old>", "</old>\n<new>", "</new>")
@@ -68,11 +68,17 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def encode(self, example: Example) -> dict[str, list[int]]:
-        """Token ids of one example (and token types 0/1 where the tokenizer has them)."""
+        """Token ids of one example (and token types 0/1 where the tokenizer has them).
+
+        Raises:
+            DataError: when not a single token is left of it.
+        """
         before = self._ids(example.before)
         after = self._ids(example.after) if example.after is not None else []
         before, after = shorten(before, after, self.budget)
         first, second = self.head + before + self.middle, after + self.tail
+        if not first + second:
+            raise DataError(f"example {example.id!r} has no text: the model would see nothing at all")
         encoded = {"input_ids": first + second}
         if self.token_types:
             paired = len(second) if self.has_pair else 0

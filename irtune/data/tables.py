@@ -9,11 +9,12 @@ from typing import Any
 from irtune.errors import DataError
 
 Row = dict[str, Any]
+NumberedRows = list[tuple[int, Row]]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
 
 
-def read_table(path: Path) -> list[Row]:
-    """Read all rows of `path` in order.
+def read_table(path: Path) -> NumberedRows:
+    """Read all rows of `path` in order, each with its number as an editor or a spreadsheet shows it.
 
     Empty cells of CSV, TSV and .xlsx files are empty strings, which is what an addition or a deletion looks like.
 
@@ -40,7 +41,7 @@ def read_table(path: Path) -> list[Row]:
     return rows
 
 
-def _jsonl(path: Path) -> list[Row]:
+def _jsonl(path: Path) -> NumberedRows:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
@@ -51,47 +52,61 @@ def _jsonl(path: Path) -> list[Row]:
             raise DataError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object with columns, not {line[:60]!r}")
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 
-def _json(path: Path) -> list[Row]:
+def _json(path: Path) -> NumberedRows:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects with columns")
-    return rows
+    return list(enumerate(rows, 1))
 
 
-def _csv(path: Path) -> list[Row]:
+def _csv(path: Path) -> NumberedRows:
     text = path.read_text(encoding="utf-8-sig")
     csv.field_size_limit(len(text) + 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    tabs = path.suffix.lower() == ".tsv"
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
     rows = []
     for number, row in enumerate(reader, 2):
         if None in row or None in row.values():
             columns = len(reader.fieldnames or [])
             raise DataError(f"{path}, row {number}: has not {columns} cells like the header")
-        rows.append(row)
+        if tabs and any("\n" in cell for cell in row.values()):
+            raise DataError(
+                f"{path}, row {number}: a cell goes on over the end of its line; close or double the quote it starts "
+                "with, or save the corpus as .jsonl"
+            )
+        rows.append((number, row))
     return rows
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path) -> NumberedRows:
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path).to_pylist()
+    return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
 
 
-def _xlsx(path: Path) -> list[Row]:
+def _xlsx(path: Path) -> NumberedRows:
     import openpyxl
 
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    book = openpyxl.load_workbook(path, read_only=True)
     try:
-        lines = book.worksheets[0].iter_rows(values_only=True)
-        header = [str(cell) if cell is not None else "" for cell in next(lines, ())]
-        rows = [dict(zip(header, ("" if cell is None else cell for cell in line))) for line in lines]
+        lines = book.worksheets[0].iter_rows()
+        header = [str(cell.value) if cell.value is not None else "" for cell in next(lines, ())]
+        rows = []
+        for number, line in enumerate(lines, 2):
+            for name, cell in zip(header, line):
+                if cell.data_type == "f":  # nothing is computed here, and a stored result may be missing or old
+                    where = f"{path}, row {number}, column {name!r}"
+                    raise DataError(f"{where}: a formula ({cell.value}); save values only")
+            row = dict(zip(header, ("" if cell.value is None else cell.value for cell in line)))
+            if any(value != "" for value in row.values()):
+                rows.append((number, row))
     finally:
         book.close()
-    return [row for row in rows if any(cell != "" for cell in row.values())]
+    return rows

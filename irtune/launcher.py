@@ -1,0 +1,18 @@
+"""The environment, read in this one place: what the launcher says about ranks, and where tests find real corpora."""
+
+import os
+
+
+def variable(name: str, default: str) -> str:
+    """Value of an environment variable, or `default`."""
+    return os.environ.get(name, default)
+
+
+def set_default(name: str, value: str) -> None:
+    """Set an environment variable that nobody has set."""
+    os.environ.setdefault(name, value)
+
+
+def data_folder() -> str | None:
+    """Folder of the real corpora for tests and benchmarks, from IRTUNE_DATA."""
+    return os.environ.get("IRTUNE_DATA")

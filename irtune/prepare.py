@@ -1,0 +1,191 @@
+"""Read every input and make every check of a run before the first byte is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from irtune import runtime
+from irtune.adapters import LayerTable, add_adapters
+from irtune.checkpoint import TRAINABLE, Checkpoints, load_into, read_state, read_tensors
+from irtune.config import Config, write_config
+from irtune.config.engine_json import read_engine_json
+from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
+from irtune.engine import unknown_zero_keys
+from irtune.errors import CheckpointError, ConfigError
+from irtune.importance import LayerScores
+from irtune.models import Classifier, load_classifier, longest_input, output_projections
+from irtune.runtime import World
+from irtune.selection import Chooser, build_chooser
+
+
+@dataclass
+class Plans:
+    """What is known before anything is written: every input read, every check made."""
+
+    config: Config
+    settings: dict[str, Any]
+    corpus: Corpus
+    encoded: dict[str, list[dict[str, list[int]]]]
+    plan: BatchPlan
+    max_steps: int
+    model: nn.Module
+    table: LayerTable
+    pad_token_id: int
+    scores: LayerScores
+    chooser: Chooser
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    resumed: Path | None
+    state: dict[str, Any] | None
+    finished: bool
+
+
+def engine_settings(config: Config, world: World) -> dict[str, Any]:
+    """The completed DeepSpeed JSON.
+
+    Raises:
+        ConfigError: for contradictions, unknown keys, and what this machine's devices cannot do.
+    """
+    settings, problems = read_engine_json(config, world.size)
+    problems += unknown_zero_keys(settings) + _check_device(config, world)
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def _check_device(config: Config, world: World) -> list[str]:
+    if world.device.type == "cuda":
+        return []
+    problems = []
+    if config.model.dtype == "float16":
+        problems.append("model.dtype float16 needs a GPU; on a CPU use bfloat16 or float32")
+    if config.model.attn_implementation == "flash_attention_2":
+        problems.append("model.attn_implementation flash_attention_2 needs a GPU; on a CPU use sdpa")
+    return problems
+
+
+def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path) -> Plans:
+    """Everything that can fail by the user's doing, on all ranks alike, before the first byte is written."""
+    micro_batches = world.size * config.optim.gradient_accumulation_steps
+    with runtime.shared_errors():
+        checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
+        resumed = _find_checkpoint(config, checkpoints)
+        corpus = read_corpus(config.data)
+        classifier = load_classifier(config.model, corpus.labels)
+        _check_length(config, classifier)
+        encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
+        encoded = {split: [encoder.encode(e) for e in examples] for split, examples in corpus.splits.items()}
+        lengths = [len(item["input_ids"]) for item in encoded["train"]]
+        plan = BatchPlan(lengths, config.optim.micro_batch_size, micro_batches, config.run.seed)
+        max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
+        score = config.tuning.score
+        projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None
+        model, table = add_adapters(classifier, config.adapter)
+        _checkpointing(config, model, settings)
+        identity = _identity(config, corpus, plan, max_steps)
+        state = None
+        if resumed is not None:
+            state = read_state(resumed)
+            _check_same_run(state["run"], identity, resumed)
+            load_into(table.all(), read_tensors(resumed, TRAINABLE), resumed)
+        trained = state is not None and state["progress"]["step"] >= max_steps
+        finished = trained and (folder / "results.json").is_file()
+        if world.is_main and not finished:
+            _open_folder(folder, config)
+    return Plans(
+        config=config,
+        settings=settings,
+        corpus=corpus,
+        encoded=encoded,
+        plan=plan,
+        max_steps=max_steps,
+        model=model,
+        table=table,
+        pad_token_id=classifier.tokenizer.pad_token_id,
+        scores=LayerScores(table, score, world.device, projections),
+        chooser=build_chooser(config.tuning, table.num_layers, config.run.seed),
+        checkpoints=checkpoints,
+        identity=identity,
+        resumed=resumed,
+        state=state,
+        finished=runtime.all_gather_object(finished)[0],
+    )
+
+
+def _identity(config: Config, corpus: Corpus, plan: BatchPlan, max_steps: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
+    optim = {key: value for key, value in vars(config.optim).items() if key != "gradient_accumulation_steps"}
+    places = ("path", "train", "dev", "test")
+    return {
+        "model": vars(config.model),
+        "adapter": vars(config.adapter),
+        "tuning": vars(config.tuning),
+        "optim": optim | {"micro_batches_per_step": plan.micro_batches, "max_steps": max_steps},
+        "data": {key: value for key, value in vars(config.data).items() if key not in places},
+        "labels": corpus.labels,
+        "examples": {split: len(examples) for split, examples in corpus.splits.items()},
+        "training_lengths": runtime.derived_seed(*plan.lengths),
+        "seed": config.run.seed,
+    }
+
+
+def _check_length(config: Config, classifier: Classifier) -> None:
+    limit = longest_input(classifier)
+    if limit is not None and config.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but {config.model.name_or_path} has positions for {limit} "
+            f"tokens; accepted: at most {limit}"
+        )
+
+
+def _find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint to go on from, as `run.resume` says."""
+    latest = checkpoints.pointer("latest")
+    if config.run.resume == "auto":
+        return latest
+    if config.run.resume == "never":
+        if latest is not None:
+            raise ConfigError(
+                f"run.output_dir {config.run.output_dir!r} holds a run already and run.resume is never; choose another "
+                "folder, or set run.resume to auto"
+            )
+        return None
+    path = Path(config.run.resume).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"run.resume is {config.run.resume!r}; accepted: auto, never, or a checkpoint folder")
+    return path
+
+
+def _check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with another model, data, method or optimizer; names every difference."""
+    changes = []
+    for section, value in now.items():
+        old = saved.get(section)
+        if isinstance(value, dict) and isinstance(old, dict):
+            names = sorted(set(value) | set(old))
+            pairs = [(f"{section}.{name}", old.get(name), value.get(name)) for name in names]
+        else:
+            pairs = [(section, old, value)]
+        changes += [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b]
+    if changes:
+        raise CheckpointError(f"{folder} cannot be continued: {'; '.join(changes)}")
+
+
+def _open_folder(folder: Path, config: Config) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(config, folder / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"run.output_dir: cannot write to {str(folder)!r}: {error.strerror}") from error
+
+
+def _checkpointing(config: Config, model: Any, settings: dict[str, Any]) -> None:
+    """Recompute activations: reentrant under ZeRO 3 only, where the other kind sees partitioned parameters."""
+    if not config.model.gradient_checkpointing:
+        return
+    reentrant = settings["zero_optimization"]["stage"] == 3
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()  # else no gradient reaches the adapters

@@ -14,7 +14,7 @@ if [[ -n ${IRTUNE_DATA:-} ]]; then
     say "corpus: $corpus (IteraTeR-HUMAN)"
 else
     corpus=$CACHE/synthetic
-    [[ -f $corpus/train.jsonl ]] || python -m irtune.data.synthetic "$corpus"
+    [[ -f $corpus/train.jsonl ]] || (cd "$ROOT" && python -m irtune.data.synthetic "$corpus")
     say "corpus: $corpus (SYNTHETIC: made-up sentences, see irtune/data/synthetic.py)"
 fi
 
@@ -25,5 +25,6 @@ gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=2
 [[ $gpus == 1 ]] && ranks=1
 say "IR-Tuning on $ranks rank(s) under ZeRO 2"
-deepspeed --num_gpus "$ranks" train.py --config launch/recipes/quickstart.yaml --model.name_or_path "$MODEL" \
-    --data.path "$corpus" "${columns[@]}" "$@"
+deepspeed --num_gpus "$ranks" "$ROOT/train.py" --config "$ROOT/launch/recipes/quickstart.yaml" \
+    --model.name_or_path "$MODEL" --data.path "$corpus" "${columns[@]}" \
+    --run.output_dir "$ROOT/runs/quickstart-$(basename "$corpus")" "$@"

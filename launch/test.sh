@@ -7,4 +7,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 fetch_model
 export OMP_NUM_THREADS=1
+cd "$ROOT"
 exec python -m pytest "$@"

@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from irtune import runtime
-from irtune.adapters import LayerTable
+from irtune.adapters import LayerTable, suppressed
 from irtune.config import OptimConfig
 from irtune.errors import DistributedError
 from irtune.optimizer_state import MOMENTS, Layout, StepState
@@ -126,6 +126,12 @@ class Engine:
         finally:
             for _, parameter in self.table.head:
                 parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def trial(self, batch: dict[str, torch.Tensor], layers: list[int]) -> torch.Tensor:
+        """Mean loss of `batch` on this rank with the adapters of `layers` suppressed; nothing is kept. Collective."""
+        with suppressed(self.table, layers):
+            return self.module(**batch).loss.detach().float()
 
     def step(self, lr: float) -> None:
         """End a micro-batch; at an accumulation boundary, clip and update the selected layers."""

@@ -122,12 +122,14 @@ def longest_input(classifier: Classifier) -> int | None:
 
 
 def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
-    """`from_pretrained`, from the cache alone when the network does not answer; errors become one sentence."""
+    """`from_pretrained`, from the cache where it holds the files: no network needed. Errors become one sentence."""
     try:
         try:
-            return kind.from_pretrained(source, **options)
-        except OSError:
             return kind.from_pretrained(source, local_files_only=True, **options)
+        except Exception:  # not in the cache, or not wholly
+            if Path(source).is_dir():
+                raise
+            return kind.from_pretrained(source, **options)
     except Exception as error:  # damaged files raise whatever their library raises
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason}") from error

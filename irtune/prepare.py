@@ -84,6 +84,8 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None
         model, table = add_adapters(classifier, config.adapter)
         _checkpointing(config, model, settings)
+        sizes = [sum(parameter.numel() for _, parameter in layer) for layer in table.layers]
+        chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes)
         identity = _identity(config, corpus, plan, max_steps)
         state = None
         if resumed is not None:
@@ -105,7 +107,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         table=table,
         pad_token_id=classifier.tokenizer.pad_token_id,
         scores=LayerScores(table, score, world.device, projections),
-        chooser=build_chooser(config.tuning, table.num_layers, config.run.seed),
+        chooser=chooser,
         checkpoints=checkpoints,
         identity=identity,
         resumed=resumed,

@@ -71,6 +71,7 @@ class Trainer:
         self.num_layers = engine.table.num_layers
         self._window: list[torch.Tensor] = []
         self._tokens = self._examples = 0
+        self._batches: list[dict[str, torch.Tensor]] = []  # this rank's micro-batches of the last step
         self._last: tuple[int, Predictions] | None = None
 
     # ----- the story -----
@@ -114,9 +115,11 @@ class Trainer:
         )
         self.engine.module.train()
         total = torch.zeros((), device=self.device)
+        self._batches = []
         for batch in self._micro_batches(step):
             with self._scored(batch, self.engine.gradient_factor, fresh) if scoring else contextlib.nullcontext():
                 total += self.engine.forward_backward(batch)
+            self._batches.append(batch)
             self.engine.step(rate)
         self._window.append(total / self.engine.accumulation_steps)
         self.progress.step = step + 1
@@ -167,9 +170,21 @@ class Trainer:
         raw = self.scores.reduce() if self.chooser.needs_scores else None
         sign = 1.0 if self.scores.higher_is_important else -1.0
         signed = None if raw is None else [None if score is None else sign * score for score in raw]
-        chosen = self.chooser.choose(Observation(self.progress.step, signed, self.engine.selected))
+        seen = Observation(self.progress.step, signed, self.engine.selected, self._trials())
+        chosen = self.chooser.choose(seen)
         self._check_scores()
         self._train_layers(chosen, raw, started)
+
+    def _trials(self) -> list[tuple[list[int], float]]:
+        """Mean loss of the step's micro-batches on all ranks, under each set of layers that the chooser suppresses."""
+        sets = self.chooser.trials(self.progress.step) if self._batches else []
+        if not sets:
+            return []
+        self.engine.module.eval()  # the same answer for any split over ranks: no dropout
+        losses = [torch.stack([self.engine.trial(batch, layers) for batch in self._batches]).mean() for layers in sets]
+        self.engine.module.train()
+        mean = runtime.all_reduce(torch.stack(losses)) / runtime.launched_world_size()
+        return list(zip(sets, mean.tolist()))
 
     def _train_layers(self, chosen: list[int], raw: list[float | None] | None, started: float) -> None:
         verify_selection(chosen, self.num_layers, self.device)

@@ -78,7 +78,7 @@ def test_a_hub_model_in_the_cache_works_with_the_network_off(llama, corpus, tmp_
     done = start(*options, **offline)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     options[options.index("nobody/tiny")] = "nobody/else"
-    done = start(*options, "--run.output_dir", str(tmp_path / "other"), **offline)
+    done = start(*options, "--run.output_dir", str(tmp_path / "other"), HF_HUB_OFFLINE="1", **offline)
     assert done.returncode == 2
     assert "can be loaded from 'nobody/else'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -77,6 +77,20 @@ def test_stages_agree(llama, corpus, base, tmp_path, stage):
     assert losses(folder) == pytest.approx(losses(base), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_other_architectures_agree_over_splits_and_stages(request, corpus, tmp_path, kind):
+    model = request.getfixturevalue(kind)
+    folders = []
+    for world, accumulation, stage in ((2, 2, 2), (1, 4, 0), (4, 1, 3)):
+        config = tiny_config(
+            model, corpus, tmp_path / f"run{world}", stage, optim__gradient_accumulation_steps=accumulation
+        )
+        folders.append(launch(config, world))
+    for folder in folders[1:]:
+        assert selections(folder) == selections(folders[0])
+        assert losses(folder) == pytest.approx(losses(folders[0]), rel=1e-4)
+
+
 def test_the_files_of_a_run(base, corpus):
     expected = {"config.yaml", "metrics.jsonl", "selection.jsonl", "results.json", "predictions.jsonl", "adapter",
                 "checkpoints", "tensorboard", "predictions_test.jsonl"}  # fmt: skip
@@ -232,7 +246,13 @@ VARIANTS = {
     "global": {"tuning__score": "global"},
     "weight": {"tuning__score": "weight"},
     "cosine": {"tuning__score": "cosine"},
-    "rst": {"tuning__method": "rst", "tuning__fraction": 0.34},
+    "rst": {"tuning__method": "rst", "tuning__budget": 0.34},
+    "lisa": {"tuning__method": "lisa", "tuning__budget": 2},
+    "cyclic": {"tuning__method": "cyclic", "tuning__budget": 2, "tuning__order": "descending"},
+    "topk": {"tuning__method": "topk", "tuning__budget": 2},
+    "grass": {"tuning__method": "grass", "tuning__budget": 2},
+    "ist": {"tuning__method": "ist", "tuning__budget": 2, "optim__max_steps": 12},
+    "ir with a budget": {"tuning__budget": 3},
     "bf16": {"model__dtype": "bfloat16"},
     "bf16 adapters": {"model__dtype": "bfloat16", "adapter__dtype": "model"},
     "checkpointing": {"model__gradient_checkpointing": "true"},

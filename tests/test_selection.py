@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irtune.config import TuningConfig
-from irtune.selection import FullChooser, IRChooser, Observation, RandomChooser, build_chooser, split_layers
+from irtune.errors import ConfigError
+from irtune.selection import Observation, build_chooser, layer_budget, split_layers
+from irtune.selection.cyclic import CyclicChooser
+from irtune.selection.draws import sigmoid, weighted_sample
+from irtune.selection.fixed import parse_layers
+from irtune.selection.full import FullChooser
+from irtune.selection.grass import GrassChooser
+from irtune.selection.ir import IRChooser
+from irtune.selection.ist import IstChooser
+from irtune.selection.lisa import LisaChooser
+from irtune.selection.rst import RandomChooser
+from irtune.selection.topk import TopKChooser
 
 pytestmark = pytest.mark.quick
 CASES = json.loads((Path(__file__).parent / "cases/reference_split_cases.json").read_text())
@@ -122,9 +133,129 @@ def test_full_trains_everything_and_never_selects():
 
 
 def test_rst_draws_its_fraction_anew():
-    chooser = RandomChooser(32, interval=1, seed=1, fraction=0.125)
+    chooser = RandomChooser(32, interval=1, seed=1, count=4)
     draws = [chooser.choose(Observation(step, None, [])) for step in range(200)]
     assert all(len(draw) == 4 == len(set(draw)) for draw in draws)
     counts = [sum(layer in draw for draw in draws) for layer in range(32)]
     assert min(counts) > 5 and max(counts) < 60  # 25 expected
-    assert draws[7] == RandomChooser(32, interval=1, seed=1, fraction=0.125).choose(Observation(7, None, []))
+    assert draws[7] == RandomChooser(32, interval=1, seed=1, count=4).choose(Observation(7, None, []))
+
+
+# ----- draws and the methods built on them -----
+
+
+def test_weighted_sample_follows_its_weights():
+    import random
+
+    rng = random.Random(0)
+    counts = [0, 0, 0]
+    for _ in range(4000):
+        for index in weighted_sample([1.0, 2.0, 1.0], 1, rng):
+            counts[index] += 1
+    assert counts[1] == pytest.approx(2000, abs=130)
+    assert weighted_sample([0.0, 1.0, 0.0], 1, rng) == [1]
+    assert weighted_sample([1.0, 1.0, 1.0], 3, rng) == [0, 1, 2]
+
+
+def test_lisa_keeps_its_draw_for_an_interval():
+    chooser = LisaChooser(12, interval=5, seed=2, count=3)
+    assert [step for step in range(1, 16) if chooser.is_due(step)] == [5, 10, 15]
+    draws = [chooser.first(), chooser.choose(Observation(5, None, [])), chooser.choose(Observation(10, None, []))]
+    assert all(len(set(draw)) == 3 for draw in draws)
+    assert draws == [LisaChooser(12, 5, 2, count=3).sample(3, step) for step in (0, 5, 10)]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("ascending", [[0, 1], [2, 3], [4], [0, 1]]), ("descending", [[4], [2, 3], [0, 1], [4]])],
+)
+def test_cyclic_visits_its_blocks_in_order(order, expected):
+    chooser = CyclicChooser(5, interval=3, count=2, order=order)
+    assert [chooser.first()] + [chooser.choose(Observation(step, None, [])) for step in (3, 6, 9)] == expected
+
+
+def test_cyclic_at_random_visits_all_blocks_in_every_round():
+    chooser = CyclicChooser(8, interval=1, seed=5, count=2, order="random")
+    turns = [chooser.choose(Observation(step, None, [])) for step in range(40)]
+    for start in range(0, 40, 4):
+        assert sorted(layer for block in turns[start : start + 4] for layer in block) == list(range(8))
+    assert len({str(turns[start : start + 4]) for start in range(0, 40, 4)}) > 1
+
+
+def test_topk_by_hand():
+    chooser = TopKChooser(5, count=2)
+    assert chooser.choose(Observation(1, [1.0, 9.0, 3.0, 9.0, 9.0], [])) == [1, 3]
+    assert chooser.choose(Observation(2, [None, None, 10.0, None, None], [1, 3])) == [1, 2]
+    assert chooser.choose(Observation(3, [float("inf")] * 5, [1, 2])) == [1, 2]
+    assert chooser.bad_in_a_row == 1
+
+
+def test_grass_probabilities_by_hand():
+    import math
+
+    chooser = GrassChooser(2, count=1, sizes=[4, 4], temperature=0.5, ema=0.5)
+    chooser.choose(Observation(1, [2.0, 4.0], []))  # m = (1, 2)
+    assert chooser.probabilities() == pytest.approx([1 / (1 + math.exp(2)), math.exp(2) / (1 + math.exp(2))])
+    chooser.choose(Observation(2, [6.0, 4.0], []))  # m = (.5 + 1.5, 1 + 1)
+    assert chooser.probabilities() == pytest.approx([0.5, 0.5])
+
+
+def test_ist_learns_from_trials_by_hand():
+    import math
+
+    chooser = IstChooser(4, count=1)
+    trials = [([0, 1], 1.0), ([1, 2], 2.0), ([2, 3], 3.0)]
+    chooser.choose(Observation(10, None, [], trials))
+    gains = [math.exp(-1), math.exp(-2), math.exp(-3)]
+    reward = [gain - sum(gains) / 3 for gain in gains]
+    expected = [
+        2.5 * r for r in (reward[0], reward[0] + reward[1], reward[1] + reward[2], reward[2])
+    ]  # s (1 - s) = 1/4
+    assert chooser.importance == pytest.approx(expected)
+    again = IstChooser(4, count=1)
+    again.load_state_dict(json.loads(json.dumps(chooser.state_dict())))
+    assert again.choose(Observation(11, None, [])) == chooser.choose(Observation(11, None, []))
+
+
+def test_ist_asks_for_three_halves_every_ten_steps():
+    chooser = IstChooser(10, count=2)
+    assert chooser.trials(9) == []
+    sets = chooser.trials(10)
+    assert [len(set(layers)) for layers in sets] == [5, 5, 5]
+    assert chooser.trials(20) != sets
+
+
+def test_layers_that_hurt_less_train_less():
+    chooser = IstChooser(2, count=1)
+    chooser.importance = [3.0, -3.0]  # suppressing layer 0 was harmless
+    draws = [chooser.choose(Observation(step, None, []))[0] for step in range(1, 400)]
+    assert sum(draws) > 330  # weights sigmoid(-3) : sigmoid(3) = .05 : .95
+    assert sigmoid(-800) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("0-2", [0, 1, 2]), ("5, 1", [1, 5]), ("-1", [5]), ("0,2-3,-2", [0, 2, 3, 4])]
+)
+def test_layers_are_parsed(text, layers):
+    assert parse_layers(text, 6) == layers
+
+
+@pytest.mark.parametrize(("text", "part"), [("7", "'7'"), ("2-9", "'2-9'"), ("a", "'a'"), ("3-1", "'3-1'"), ("", "''")])
+def test_layers_that_do_not_exist_are_refused(text, part):
+    with pytest.raises(ValueError, match=part):
+        parse_layers(text, 6)
+
+
+def test_budgets():
+    assert [layer_budget(value, 30) for value in (1, 30, 0.1, 1.0, 0.001)] == [1, 30, 3, 30, 1]
+    for wrong in (0, 31, -1, 0.0, 1.5):
+        with pytest.raises(ConfigError, match="accepted: 1 to 30 layers"):
+            layer_budget(wrong, 30)
+
+
+@pytest.mark.parametrize("method", ["rst", "ist", "lisa", "cyclic", "grass", "topk", "ir"])
+def test_every_method_keeps_to_the_budget(method):
+    chooser = build_chooser(TuningConfig(method=method, budget=3, interval=1), 12, seed=0, sizes=[5] * 12)
+    scores = [float(layer % 5) for layer in range(12)] if chooser.needs_scores else None
+    for step in range(1, 9):
+        assert len(chooser.choose(Observation(step, scores, []))) == 3

@@ -3,13 +3,14 @@
 from torch import nn
 
 from irtune.adapters.lora import add_lora
+from irtune.adapters.scaling import suppressed
 from irtune.adapters.table import LayerTable, build_table
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 
 BUILDERS = {"lora": add_lora, "dora": add_lora, "rslora": add_lora}
 
-__all__ = ["BUILDERS", "LayerTable", "add_adapters", "build_table"]
+__all__ = ["BUILDERS", "LayerTable", "add_adapters", "build_table", "suppressed"]
 
 
 def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Module, LayerTable]:

@@ -20,6 +20,7 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("data.preset", "argrewrite"): {"data.before": "source", "data.after": "target", "data.label": "label"},
     ("tuning.method", "rst"): {"tuning.interval": 1},  # a new draw at every step
+    ("tuning.method", "ist"): {"tuning.interval": 1},
     ("tuning.preset", "reference"): {
         "tuning.score": "reference",
         "tuning.scores": "stale",

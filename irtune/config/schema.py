@@ -78,8 +78,19 @@ class DataConfig:
 class TuningConfig:
     """Which layers are trained."""
 
-    method: Literal["ir", "full", "rst"] = "ir"
-    """ir: layers whose gradient norms stand out; full: all layers; rst: random layers at every selection."""
+    method: Literal["ir", "full", "rst", "ist", "lisa", "cyclic", "grass", "fixed", "topk"] = "ir"
+    """ir: layers whose gradient norms stand out; full: all layers; rst: random layers at every step; ist: layers
+    drawn by learnt importance; lisa: a few random layers for `interval` steps; cyclic: blocks of layers in turn;
+    grass: layers drawn by their gradient norms; fixed: `layers`; topk: the highest scores."""
+    budget: int | float | None = None
+    """Layers that are trained at a time: a whole number of layers, or a fraction such as 0.25. null: what the method's
+    paper takes (rst .125, ist .25, lisa 2, cyclic 1, grass and topk .25); ir then follows its rule."""
+    layers: str | None = None
+    """Layers of the method fixed: numbers and ranges such as 0-3,7,-1 (-1 is the last)."""
+    order: Literal["ascending", "descending", "random"] = "random"
+    """Order in which the method cyclic visits its blocks."""
+    temperature: float = 1.0
+    """tau of the method grass: p = softmax(m / tau)."""
     preset: Literal["default", "reference"] = "default"
     """default: rms, fresh, otsu, every 10 steps. reference: the published code's choices (reference score, stale,
     reference rule, every step, random first half). Keys given beside it win."""
@@ -101,8 +112,6 @@ class TuningConfig:
     """Largest share of layers that otsu selects."""
     ema: float = 0.0
     """Smoothing of scores: s <- ema * s_old + (1 - ema) * s_new."""
-    fraction: float = 0.125
-    """Share of layers that rst trains."""
     deselected_state: Literal["offload", "drop"] = "offload"
     """Optimizer state of a layer that is frozen: parked in host memory and restored bit for bit, or thrown away."""
     max_bad_scores: int = 10

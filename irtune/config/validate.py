@@ -25,7 +25,7 @@ def _check_numbers(config: Config) -> list[str]:
         ("tuning.min_fraction", tuning.min_fraction, 0 <= tuning.min_fraction <= 1, "a number from 0 to 1"),
         ("tuning.max_fraction", tuning.max_fraction, 0 < tuning.max_fraction <= 1, "a number above 0, at most 1"),
         ("tuning.ema", tuning.ema, 0 <= tuning.ema < 1, "a number from 0 to below 1"),
-        ("tuning.fraction", tuning.fraction, 0 < tuning.fraction <= 1, "a number above 0, at most 1"),
+        ("tuning.temperature", tuning.temperature, 0 < tuning.temperature < math.inf, "a number above 0"),
         ("tuning.max_bad_scores", tuning.max_bad_scores, tuning.max_bad_scores >= 1, "at least 1"),
         ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "a number above 0"),
         ("optim.weight_decay", optim.weight_decay, 0 <= optim.weight_decay < math.inf, "a number of at least 0"),
@@ -85,6 +85,15 @@ def _check_combinations(config: Config) -> list[str]:
         problems.append(
             "adapter.dtype float32 needs model.dtype float32 or bfloat16; with float16 set adapter.dtype to model"
         )
+    tuning = config.tuning
+    if tuning.budget is not None and tuning.method in ("full", "fixed"):
+        problems.append(f"tuning.budget has no meaning for tuning.method {tuning.method}; leave it out")
+    if tuning.budget is not None and tuning.method == "ir" and tuning.rule == "reference":
+        problems.append("tuning.budget cannot be kept by tuning.rule reference, which has limits of its own; use otsu")
+    if (tuning.layers is None) == (tuning.method == "fixed"):
+        problems.append("tuning.layers goes with tuning.method fixed, and fixed needs it, for example 0-3,7")
+    if tuning.method == "grass" and tuning.score != "rms":
+        problems.append(f"tuning.method grass is defined for tuning.score rms, not {tuning.score}")
     if config.tuning.score in ("weight", "cosine") and config.tuning.scores == "stale":
         problems.append(
             f"tuning.scores stale has no meaning for tuning.score {config.tuning.score}, which frozen layers have too; "

@@ -1,28 +1,78 @@
 """Choosers of layers: pure, seeded, without torch.distributed. `build_chooser` is the registry by name."""
 
+from collections.abc import Callable, Sequence
+
 from irtune.config.schema import TuningConfig
+from irtune.errors import ConfigError
 from irtune.selection.base import Chooser, Observation
+from irtune.selection.cyclic import CyclicChooser
+from irtune.selection.fixed import FixedChooser, parse_layers
 from irtune.selection.full import FullChooser
+from irtune.selection.grass import GrassChooser
 from irtune.selection.ir import IRChooser
+from irtune.selection.ist import IstChooser
+from irtune.selection.lisa import LisaChooser
 from irtune.selection.rst import RandomChooser
 from irtune.selection.split import split_layers
+from irtune.selection.topk import TopKChooser
 
-__all__ = ["Chooser", "FullChooser", "IRChooser", "Observation", "RandomChooser", "build_chooser", "split_layers"]
+__all__ = ["Chooser", "Observation", "build_chooser", "layer_budget", "split_layers"]
+
+# Layers trained at a time when the user sets no budget: a number of layers, or a fraction of them.
+PAPER_BUDGETS: dict[str, int | float] = {"rst": 0.125, "ist": 0.25, "lisa": 2, "cyclic": 1, "grass": 0.25, "topk": 0.25}
 
 
-def build_chooser(tuning: TuningConfig, num_layers: int, seed: int) -> Chooser:
-    """Return the chooser named by `tuning.method` for a model of `num_layers` layers."""
-    builders = {
+def layer_budget(budget: int | float, num_layers: int) -> int:
+    """Number of layers that `budget` means in a model of `num_layers`: itself, or the nearest number to a fraction.
+
+    Raises:
+        ConfigError: when that is less than one layer or more than all.
+    """
+    count = budget if isinstance(budget, int) else max(1, round(budget * num_layers)) if 0 < budget <= 1 else 0
+    if not 1 <= count <= num_layers:
+        raise ConfigError(
+            f"tuning.budget is {budget!r}; accepted: 1 to {num_layers} layers, or a fraction above 0 and at most 1.0"
+        )
+    return count
+
+
+def build_chooser(tuning: TuningConfig, num_layers: int, seed: int, sizes: Sequence[int] = ()) -> Chooser:
+    """Return the chooser named by `tuning.method` for a model of `num_layers` layers with `sizes` parameters each.
+
+    Raises:
+        ConfigError: for a budget or layers that the model has not.
+    """
+    interval = tuning.interval
+    count = layer_budget(tuning.budget or PAPER_BUDGETS.get(tuning.method, 1), num_layers)
+    low, high = tuning.min_fraction, tuning.max_fraction
+    if tuning.budget is not None:
+        low = high = count / num_layers
+
+    def fixed() -> Chooser:
+        try:
+            return FixedChooser(num_layers, seed, layers=parse_layers(tuning.layers or "", num_layers))
+        except ValueError as error:
+            raise ConfigError(f"tuning.layers: {error}") from None
+
+    builders: dict[str, Callable[[], Chooser]] = {
         "full": lambda: FullChooser(num_layers, seed),
-        "rst": lambda: RandomChooser(num_layers, tuning.interval, seed, fraction=tuning.fraction),
+        "fixed": fixed,
+        "rst": lambda: RandomChooser(num_layers, interval, seed, count=count),
+        "lisa": lambda: LisaChooser(num_layers, interval, seed, count=count),
+        "cyclic": lambda: CyclicChooser(num_layers, interval, seed, count=count, order=tuning.order),
+        "ist": lambda: IstChooser(num_layers, interval, seed, count=count),
+        "topk": lambda: TopKChooser(num_layers, interval, seed, count=count),
+        "grass": lambda: GrassChooser(
+            num_layers, interval, seed, count=count, sizes=sizes, temperature=tuning.temperature, ema=tuning.ema
+        ),
         "ir": lambda: IRChooser(
             num_layers,
-            tuning.interval,
+            interval,
             seed,
             rule=tuning.rule,
             num_splits=tuning.num_splits,
-            min_fraction=tuning.min_fraction,
-            max_fraction=tuning.max_fraction,
+            min_fraction=low,
+            max_fraction=high,
             ema=tuning.ema,
             random_first=tuning.first == "random_half",
         ),

@@ -15,11 +15,13 @@ class Observation:
     scores: one score per layer, higher is more important; None where the layer has no fresh score. None as a whole
         when the chooser did not ask for scores.
     selected: the layers trained at present, ascending.
+    trials: for each set of layers that the chooser asked to suppress, the set and the mean loss over all ranks.
     """
 
     step: int
     scores: Sequence[float | None] | None
     selected: Sequence[int]
+    trials: Sequence[tuple[Sequence[int], float]] = ()
 
 
 class Chooser(abc.ABC):
@@ -40,6 +42,10 @@ class Chooser(abc.ABC):
     def is_due(self, step: int) -> bool:
         """Whether a selection follows optimizer step `step` (counted from 1)."""
         return self.interval > 0 and step % self.interval == 0
+
+    def trials(self, step: int) -> list[list[int]]:
+        """Sets of layers whose adapters are to be suppressed for a measurement of the loss after `step`."""
+        return []
 
     @abc.abstractmethod
     def choose(self, seen: Observation) -> list[int]:

@@ -4,11 +4,11 @@ from irtune.selection.base import Chooser, Observation
 
 
 class RandomChooser(Chooser):
-    """Draws `fraction` of the layers (at least one) uniformly at random, seeded."""
+    """Draws `count` layers uniformly at random, seeded."""
 
-    def __init__(self, num_layers: int, interval: int = 1, seed: int = 0, *, fraction: float = 0.125):
+    def __init__(self, num_layers: int, interval: int = 1, seed: int = 0, *, count: int = 1):
         super().__init__(num_layers, interval, seed)
-        self.count = max(1, round(fraction * num_layers))
+        self.count = count
 
     def first(self) -> list[int]:
         """The draw of step 0."""

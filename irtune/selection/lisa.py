@@ -1,0 +1,19 @@
+"""LISA: a few layers uniformly at random, for K steps at a time (Pan et al., NeurIPS 2024, algorithm 1)."""
+
+from irtune.selection.base import Chooser, Observation
+
+
+class LisaChooser(Chooser):
+    """Draws `count` layers (gamma) every `interval` steps (K). The head trains always, as everywhere in irtune."""
+
+    def __init__(self, num_layers: int, interval: int = 10, seed: int = 0, *, count: int = 2):
+        super().__init__(num_layers, interval, seed)
+        self.count = count
+
+    def first(self) -> list[int]:
+        """The draw of step 0."""
+        return self.sample(self.count, step=0)
+
+    def choose(self, seen: Observation) -> list[int]:
+        """A new draw that depends on the seed and the step only."""
+        return self.sample(self.count, seen.step)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -52,14 +53,14 @@ def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
     Raises:
         ModelError: when there is no such model, it has no tokenizer, or no list of layers can be found in it.
     """
-    source = str(Path(config.name_or_path).expanduser())
+    name = source = str(Path(config.name_or_path).expanduser())
     if not Path(source).is_dir():
         if config.name_or_path.startswith(("~", "/", ".")):
             raise ModelError(
                 f"model.name_or_path: there is no folder {config.name_or_path!r}; accepted: a folder with config.json, "
                 "or a hub id (launch/quickstart.sh makes the folder of the small model)"
             )
-        source = config.name_or_path
+        source = _cached_folder(name) or name
     tokenizer = _load(AutoTokenizer, source, "tokenizer", trust_remote_code=config.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -96,6 +97,8 @@ def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
     )
+    # The name the user gave, not the place in a cache: peft writes it into the adapter.
+    model.name_or_path = model.config.name_or_path = name
     return Classifier(model, tokenizer, _checked_anatomy(source, model, info))
 
 
@@ -121,15 +124,20 @@ def longest_input(classifier: Classifier) -> int | None:
     return min(known, default=None)
 
 
-def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
-    """`from_pretrained`, from the cache where it holds the files: no network needed. Errors become one sentence."""
+def _cached_folder(name: str) -> str | None:
+    """Folder of a hub model that is wholly in the local cache, so that no network is asked; None where it is not."""
     try:
-        try:
-            return kind.from_pretrained(source, local_files_only=True, **options)
-        except Exception:  # not in the cache, or not wholly
-            if Path(source).is_dir():
-                raise
-            return kind.from_pretrained(source, **options)
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not cached; or no hub id, which loading will say
+        return None
+    parts = ("config.json", "tokenizer*", "*.safetensors")
+    return str(folder) if all(any(folder.glob(part)) for part in parts) else None
+
+
+def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
+    """`from_pretrained`; errors become one sentence."""
+    try:
+        return kind.from_pretrained(source, **options)
     except Exception as error:  # damaged files raise whatever their library raises
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason}") from error

@@ -1,5 +1,6 @@
 """train.py as a user meets it: exit statuses, one message, no traceback."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -77,6 +78,8 @@ def test_a_hub_model_in_the_cache_works_with_the_network_off(llama, corpus, tmp_
     offline = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = start(*options, **offline)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "nobody/tiny"
     options[options.index("nobody/tiny")] = "nobody/else"
     done = start(*options, "--run.output_dir", str(tmp_path / "other"), HF_HUB_OFFLINE="1", **offline)
     assert done.returncode == 2

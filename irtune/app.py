@@ -16,6 +16,7 @@ from irtune import __version__, runtime
 from irtune.checkpoint import writing
 from irtune.config import Config
 from irtune.engine import Engine
+from irtune.losses import build_loss
 from irtune.memory import peak_host_memory_bytes, peak_memory_bytes
 from irtune.prepare import Plans, engine_settings, prepare
 from irtune.runtime import World
@@ -79,7 +80,9 @@ def _build(plans: Plans, world: World, folder: Path) -> Trainer:
     """The engine and the trainer, where the run stands."""
     config, state = plans.config, plans.state
     park = config.tuning.deselected_state == "offload"
-    engine = Engine(plans.model, plans.table, config.optim, plans.settings, park=park)
+    labels = [example.label for example in plans.corpus.splits["train"]]
+    loss = build_loss(config.optim, [labels.count(c) for c in range(len(plans.corpus.labels))], world.device)
+    engine = Engine(plans.model, plans.table, config.optim, plans.settings, park=park, loss=loss)
     progress = Progress(**state["progress"]) if state is not None else Progress()
     best = plans.checkpoints.pointer("best")
     if state is not None and (best is None or best.name != f"step_{progress.best_step}" or not best.is_dir()):

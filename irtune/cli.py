@@ -11,6 +11,11 @@ from irtune.errors import ConfigError, IrtuneError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+USAGE = """usage: python -m irtune COMMAND ... (COMMAND --help says more)
+
+  train    fine-tune a model; the same as train.py
+  compare  methods, adapters, corpora and seeds side by side
+"""
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -25,15 +30,41 @@ def train(arguments: Sequence[str]) -> int:
 
         results = run(config)
     except IrtuneError as error:
-        if show_traceback:
-            traceback.print_exc()
-        _report(error)
-        return USER_ERROR
+        return _user_error(error, show_traceback)
     except KeyboardInterrupt:
         return INTERRUPTED
     if results is not None:
         _summary(results, config.run.output_dir)
     return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `python -m irtune COMMAND ...`; returns the exit status."""
+    name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
+    if name == "train":
+        return train(rest)
+    if name != "compare":
+        known = name in ("-h", "--help")
+        hint = "" if known else f"error: unknown command {name!r}\n"
+        (sys.stdout if known else sys.stderr).write(hint + USAGE)
+        return 0 if known else USER_ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("irtune").setLevel(logging.INFO)
+    try:
+        from irtune.compare import compare
+
+        return compare(rest)
+    except IrtuneError as error:
+        return _user_error(error, show_traceback=False)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _user_error(error: IrtuneError, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exception(error)
+    _report(error)
+    return USER_ERROR
 
 
 def _report(error: IrtuneError) -> None:

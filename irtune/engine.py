@@ -26,6 +26,7 @@ from irtune import runtime
 from irtune.adapters import LayerTable, suppressed
 from irtune.config import OptimConfig
 from irtune.errors import DistributedError
+from irtune.losses import Loss, cross_entropy
 from irtune.optimizer_state import MOMENTS, Layout, StepState
 
 HEAD = "head"
@@ -58,22 +59,30 @@ class Engine:
     """A model under DeepSpeed whose trained layers can be chosen anew at every accumulation boundary."""
 
     def __init__(
-        self, model: nn.Module, table: LayerTable, optim: OptimConfig, settings: dict[str, Any], *, park: bool = True
+        self,
+        model: nn.Module,
+        table: LayerTable,
+        optim: OptimConfig,
+        settings: dict[str, Any],
+        *,
+        park: bool = True,
+        loss: Loss = cross_entropy,
     ):
         """Wrap `model`; at first only the head is trained (call `reselect`).
 
         Args:
-            model: the classifier with adapters; its forward pass returns an object with `loss` and `logits`.
+            model: the classifier with adapters; its forward pass returns an object with `logits` [batch, classes].
             table: its trainable parameters by layer.
             optim: learning rate and Adam's constants.
             settings: the completed DeepSpeed JSON.
             park: keep the state of deselected layers in host memory (False: throw it away).
+            loss: logits [batch, classes] and labels [batch] to the mean over the batch.
         """
         check_version()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # On CPUs init compiles a shared-memory all-reduce behind a lock that a killed build never releases.
         __compatible_ops__["deepspeed_shm_comm"] = False
-        self.table, self.optim, self.park = table, optim, park
+        self.table, self.optim, self.park, self.loss = table, optim, park, loss
         self.selected: list[int] = []
         self._norm: torch.Tensor | None = None
         self.parked: dict[Key, list[StepState]] = {}
@@ -111,9 +120,13 @@ class Engine:
 
     def forward_backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """One micro-batch forward and backward; returns its mean loss, detached, fp32 on the device."""
-        loss = self.ds(**batch).loss
+        loss = self._loss(self.ds, batch)
         self.ds.backward(loss)
         return loss.detach().float()
+
+    def _loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return self.loss(model(**inputs).logits, batch["labels"])
 
     def probe(self, batch: dict[str, torch.Tensor], *, backward: bool) -> None:
         """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer."""
@@ -124,7 +137,7 @@ class Engine:
         for _, parameter in self.table.head:
             parameter.requires_grad_(False)
         try:
-            self.module(**batch).loss.backward()
+            self._loss(self.module, batch).backward()
         finally:
             for _, parameter in self.table.head:
                 parameter.requires_grad_(True)
@@ -133,7 +146,7 @@ class Engine:
     def trial(self, batch: dict[str, torch.Tensor], layers: list[int]) -> torch.Tensor:
         """Mean loss of `batch` on this rank with the adapters of `layers` suppressed; nothing is kept. Collective."""
         with suppressed(self.table, layers):
-            return self.module(**batch).loss.detach().float()
+            return self._loss(self.module, batch).detach().float()
 
     def step(self, lr: float) -> None:
         """End a micro-batch; at an accumulation boundary, clip and update the selected layers."""

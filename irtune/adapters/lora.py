@@ -4,11 +4,12 @@ import re
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ConfigError
-from irtune.models import Classifier, compute_in_input_dtype, linear_names
+from irtune.models import AdapterLinear, Classifier, compute_in_input_dtype, linear_names
 
 
 def target_pattern(names: list[str], adapter: AdapterConfig, layers: str) -> str:
@@ -62,6 +63,10 @@ def add_lora(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
         for name, module in model.named_modules():
             if name.endswith("modules_to_save.default"):
                 compute_in_input_dtype(module)
+            elif isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = False  # each factor sees to that
+                compute_in_input_dtype(module.lora_A, AdapterLinear)
+                compute_in_input_dtype(module.lora_B, AdapterLinear)
     else:
         dtype = next(p.dtype for p in classifier.model.parameters() if not p.requires_grad and p.is_floating_point())
         for parameter in trained:

@@ -144,6 +144,14 @@ class OptimConfig:
     """Examples per rank and forward pass."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per rank and optimizer step."""
+    loss: Literal["cross_entropy", "class_balanced", "focal"] = "cross_entropy"
+    """What is minimised. class_balanced: rare classes weigh more; focal: examples that are hard weigh more."""
+    class_balance_beta: float = 0.999
+    """beta of class_balanced: 0 weighs all classes alike, values near 1 by inverse frequency."""
+    focal_gamma: float = 2.0
+    """gamma of focal: 0 is cross-entropy."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
 
 
 @dataclass(kw_only=True)

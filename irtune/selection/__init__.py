@@ -16,10 +16,15 @@ from irtune.selection.rst import RandomChooser
 from irtune.selection.split import split_layers
 from irtune.selection.topk import TopKChooser
 
-__all__ = ["Chooser", "Observation", "build_chooser", "layer_budget", "split_layers"]
+__all__ = ["Chooser", "Observation", "build_chooser", "layer_budget", "split_layers", "takes_budget"]
 
 # Layers trained at a time when the user sets no budget: a number of layers, or a fraction of them.
 PAPER_BUDGETS: dict[str, int | float] = {"rst": 0.125, "ist": 0.25, "lisa": 2, "cyclic": 1, "grass": 0.25, "topk": 0.25}
+
+
+def takes_budget(method: str) -> bool:
+    """Whether `tuning.budget` has a meaning for a method."""
+    return method == "ir" or method in PAPER_BUDGETS
 
 
 def layer_budget(budget: int | float, num_layers: int) -> int:

@@ -1,0 +1,77 @@
+"""compare.png: training loss over time, and dev macro-F1, of every method."""
+
+import json
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from irtune.compare.launch import Outcome
+from irtune.compare.report import LINEAR, Row
+
+
+def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path) -> None:
+    """One line of panels per corpus: loss curves on the left (one per seed), macro-F1 with its spread on the right."""
+    corpora = list(dict.fromkeys(row["data"] for row in rows))
+    figure, panels = plt.subplots(len(corpora), 2, figsize=(12, 4 * len(corpora)), squeeze=False)
+    for data, (left, right) in zip(corpora, panels):
+        here = [row for row in rows if row["data"] == data]
+        names = [_name(row["adapter"], row["method"], rows) for row in here if row["method"] != LINEAR]
+        colours = dict(zip(names, plt.get_cmap("tab10").colors * 3))  # type: ignore[attr-defined]
+        _losses(left, [o for o in outcomes if o.cell.data == data], rows, colours)
+        left.set_title(f"{data}: training loss")
+        _bars(right, here, rows, colours)
+        right.set_title(f"{data}: dev macro-F1 (mean and standard deviation over seeds)")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _name(adapter: str, method: str, rows: Sequence[Row]) -> str:
+    several = len({row["adapter"] for row in rows if row["adapter"]}) > 1
+    return f"{adapter} {method}" if several and adapter else method
+
+
+def _losses(axes: Axes, outcomes: Sequence[Outcome], rows: Sequence[Row], colours: dict) -> None:
+    labelled = set()
+    for outcome in outcomes:
+        if outcome.results is None:
+            continue
+        lines = (outcome.cell.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+        name = _name(outcome.cell.adapter, outcome.cell.variant, rows)
+        axes.plot(
+            list(accumulate(record["seconds"] for record in records)),
+            [record["loss"] for record in records],
+            color=colours[name],
+            linewidth=1,
+            alpha=0.8,
+            label=None if name in labelled else name,
+        )
+        labelled.add(name)
+    axes.set_xlabel("training time (seconds)")
+    axes.set_ylabel("loss")
+    if labelled:
+        axes.legend(fontsize="small")
+
+
+def _bars(axes: Axes, here: Sequence[Row], rows: Sequence[Row], colours: dict) -> None:
+    shown = [row for row in here if row["method"] != LINEAR and row.get("dev_macro_f1") is not None]
+    names = [_name(row["adapter"], row["method"], rows) for row in shown]
+    axes.barh(
+        names,
+        [row["dev_macro_f1"] for row in shown],
+        xerr=[row.get("dev_macro_f1_sd") or 0.0 for row in shown],
+        color=[colours[name] for name in names],
+    )
+    axes.invert_yaxis()
+    linear = [row["dev_macro_f1"] for row in here if row["method"] == LINEAR]
+    if linear:
+        axes.axvline(linear[0], color="black", linestyle="--", linewidth=1, label=LINEAR)
+        axes.legend(fontsize="small")
+    axes.set_xlabel("macro-F1")

@@ -18,7 +18,7 @@ from irtune.config import Config
 from irtune.engine import Engine
 from irtune.losses import build_loss
 from irtune.memory import peak_host_memory_bytes, peak_memory_bytes
-from irtune.prepare import Plans, engine_settings, prepare
+from irtune.prepare import Plans, engine_settings, prepare, pretrained_weights
 from irtune.runtime import World
 from irtune.tracking import Tracker, write_json
 from irtune.trainer import Progress, Trainer
@@ -102,6 +102,7 @@ def _build(plans: Plans, world: World, folder: Path) -> Trainer:
         device=world.device,
         progress=progress,
         identity=plans.identity,
+        pretrained=lambda: pretrained_weights(plans),
     )
     if state is not None and plans.resumed is not None:
         trainer.restore(plans.resumed, state)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,21 @@ def read_tensors(folder: Path, file: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{folder / file} cannot be read: {error}") from error
 
 
-def load_into(parameters: list[tuple[str, torch.nn.Parameter]], tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Copy saved adapters and head into a model that is under no engine yet.
+def load_into(
+    parameters: list[tuple[str, torch.nn.Parameter]],
+    tensors: dict[str, torch.Tensor],
+    folder: Path,
+    optional: Collection[str] = (),
+) -> None:
+    """Copy saved adapters and head into a model that is under no engine yet; `optional` ones may be missing.
 
     Raises:
         CheckpointError: naming the first parameter that is missing or has another shape.
     """
     for name, parameter in parameters:
         saved = tensors.get(name)
+        if saved is None and name in optional:
+            continue
         if saved is None or saved.shape != parameter.shape:
             shape = None if saved is None else tuple(saved.shape)
             raise CheckpointError(

@@ -12,7 +12,8 @@ import difflib
 import gc
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,11 +21,13 @@ import torch
 from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from peft import PeftModel
 from torch import nn
 
 from irtune import runtime
-from irtune.adapters import LayerTable, suppressed
-from irtune.config import OptimConfig
+from irtune.adapters import LayerTable, suppressed, write_adapter
+from irtune.config import AdapterConfig, OptimConfig
+from irtune.config.validate import OWN_WEIGHTS
 from irtune.errors import DistributedError
 from irtune.losses import Loss, cross_entropy
 from irtune.optimizer_state import MOMENTS, Layout, StepState
@@ -145,7 +148,7 @@ class Engine:
     @torch.no_grad()
     def trial(self, batch: dict[str, torch.Tensor], layers: list[int]) -> torch.Tensor:
         """Mean loss of `batch` on this rank with the adapters of `layers` suppressed; nothing is kept. Collective."""
-        with suppressed(self.table, layers):
+        with suppressed(self.table, layers, gathered=lambda parameters: self._whole(parameters, write=True)):
             return self._loss(self.module, batch).detach().float()
 
     def step(self, lr: float) -> None:
@@ -193,7 +196,7 @@ class Engine:
         self._release(old, dropped)
 
     def _new_adamw(self, selected: list[int]) -> torch.optim.AdamW:
-        layers = [(number, self.table.layers[number]) for number in selected]
+        layers = [(number, self.table.layers[number]) for number in selected if self.table.layers[number]]
         groups = [
             {"params": [parameter for _, parameter in named], "layer": key}
             for key, named in [*layers, (HEAD, self.table.head)]
@@ -306,6 +309,8 @@ class Engine:
         steps: dict[str, float] = {}
         for key in sorted(held, key=str):
             named, states = self._named(key), held[key]
+            if not states[0].step:
+                continue  # chosen, but not yet trained: nothing to remember
             steps[str(key)] = states[0].step
             for kind in sorted(states[0].tensors):
                 parts = [state.tensors[kind].to(self.ds.device) for state in states]
@@ -330,34 +335,51 @@ class Engine:
             self.parked[key] = states
         self._import_state({})
 
-    @contextlib.contextmanager
-    def _whole(self, write: bool) -> Iterator[None]:
-        parameters = [parameter for _, parameter in self.table.all()]
+    def _whole(self, parameters: list[nn.Parameter], *, write: bool = False) -> contextlib.AbstractContextManager:
+        """A context in which parameters that ZeRO 3 keeps in pieces are whole; rank 0's values stay if `write`."""
         if self.stage != 3:
-            yield
-            return
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
-            yield
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
     @torch.no_grad()
-    def trainable(self) -> dict[str, torch.Tensor]:
-        """Whole adapters and head by name, copied to the CPU. Collective."""
-        with self._whole(write=False):
-            return {name: parameter.detach().cpu().clone() for name, parameter in self.table.all()}
+    def trainable(self, layers: Iterable[int] | None = None) -> dict[str, torch.Tensor]:
+        """Whole parameters of `layers` (None: of all) and the head by name, copied to the CPU. Collective."""
+        tensors: dict[str, torch.Tensor] = {}
+        for named in self.table.groups(layers):  # one by one: the layers' own weights need not fit all at once
+            with self._whole([parameter for _, parameter in named]):
+                tensors |= {name: parameter.detach().cpu().clone() for name, parameter in named}
+        return tensors
 
     @torch.no_grad()
     def load_trainable(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Overwrite adapters and head, for evaluation after training: optimizer masters are not updated. Collective."""
-        with self._whole(write=True):
-            for name, parameter in self.table.all():
-                parameter.data.copy_(tensors[name])
+        """Overwrite what `tensors` holds of layers and head, for evaluation after training. Collective.
 
-    def save_adapter(self, folder: str) -> None:
-        """Write adapters and head in peft's format to `folder`. Collective; rank 0 writes."""
-        with self._whole(write=False):
+        Optimizer masters are not updated.
+        """
+        for named in self.table.groups():
+            present = [(name, parameter) for name, parameter in named if name in tensors]
+            with self._whole([parameter for _, parameter in present], write=True):
+                for name, parameter in present:
+                    parameter.data.copy_(tensors[name])
+
+    def save_adapter(self, folder: Path, adapter: AdapterConfig, labels: list[str], layers: list[int] | None) -> None:
+        """Write adapters and head to `folder`, in peft's format where peft has the type. Collective; rank 0 writes.
+
+        Args:
+            folder: where to.
+            adapter: recorded in irtune's own format.
+            labels: names of the classes, recorded in irtune's own format.
+            layers: layers to write in irtune's own format; None: all.
+        """
+        if not isinstance(self.module, PeftModel) or adapter.type in OWN_WEIGHTS:
+            tensors = self.trainable(layers)
+            if runtime.rank() == 0:
+                write_adapter(folder, tensors, adapter, labels)
+            return
+        with self._whole([parameter for _, parameter in self.table.all()]):
             if runtime.rank() == 0:
                 # False: no embedding is trained, and peft would ask the hub whether one was.
-                self.module.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+                self.module.save_pretrained(str(folder), save_embedding_layers=False)
 
     def close(self) -> None:
         """Release the engine's hooks and buffers."""

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from irtune import runtime
-from irtune.adapters import LayerTable, add_adapters
+from irtune.adapters import LayerTable, add_adapters, remember_origins
 from irtune.checkpoint import TRAINABLE, Checkpoints, load_into, read_state, read_tensors
 from irtune.config import Config, write_config
 from irtune.config.engine_json import read_engine_json
@@ -18,6 +19,7 @@ from irtune.importance import LayerScores
 from irtune.models import Classifier, load_classifier, longest_input, output_projections
 from irtune.runtime import World
 from irtune.selection import Chooser, build_chooser
+from irtune.signal_noise import layer_ratios
 
 
 @dataclass
@@ -82,16 +84,22 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
         score = config.tuning.score
         projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None
+        by_ratio = config.tuning.method == "spectrum"
+        ratios = layer_ratios(classifier.model, classifier.anatomy) if by_ratio else None
         model, table = add_adapters(classifier, config.adapter)
+        if config.tuning.method == "ist":
+            remember_origins(table)
         _checkpointing(config, model, settings)
         sizes = [sum(parameter.numel() for _, parameter in layer) for layer in table.layers]
-        chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes)
+        chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
         identity = _identity(config, corpus, plan, max_steps)
         state = None
         if resumed is not None:
             state = read_state(resumed)
             _check_same_run(state["run"], identity, resumed)
-            load_into(table.all(), read_tensors(resumed, TRAINABLE), resumed)
+            # Layers that never trained are not in a checkpoint of pretrained weights.
+            untrained = {name for layer in table.layers for name, _ in layer} if table.pretrained else set()
+            load_into(table.all(), read_tensors(resumed, TRAINABLE), resumed, untrained)
         trained = state is not None and state["progress"]["step"] >= max_steps
         finished = trained and (folder / "results.json").is_file()
         if world.is_main and not finished:
@@ -114,6 +122,17 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         state=state,
         finished=runtime.all_gather_object(finished)[0],
     )
+
+
+def pretrained_weights(plans: Plans) -> dict[str, torch.Tensor]:
+    """Pretrained weights of the layers, read anew, where training overwrites them; else nothing.
+
+    The best checkpoint lacks layers that first trained after it: they must be what they were before.
+    """
+    if not plans.table.pretrained:
+        return {}
+    weights = load_classifier(plans.config.model, plans.corpus.labels).model.state_dict()
+    return {name: weights[name] for layer in plans.table.layers for name, _ in layer}
 
 
 def _identity(config: Config, corpus: Corpus, plan: BatchPlan, max_steps: int) -> dict[str, Any]:
@@ -188,6 +207,7 @@ def _checkpointing(config: Config, model: Any, settings: dict[str, Any]) -> None
     if not config.model.gradient_checkpointing:
         return
     reentrant = settings["zero_optimization"]["stage"] == 3
+    model = getattr(model, "base", model)  # under soft tokens or labels
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()  # else no gradient reaches the adapters

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,12 @@ class Trainer:
         device: torch.device,
         progress: Progress,
         identity: dict[str, Any],
+        pretrained: Callable[[], dict[str, torch.Tensor]],
     ):
         self.config, self.engine, self.chooser, self.scores = config, engine, chooser, scores
         self.plan, self.corpus, self.encoded, self.pad_token_id = plan, corpus, encoded, pad_token_id
         self.max_steps, self.checkpoints, self.tracker, self.device = max_steps, checkpoints, tracker, device
-        self.progress, self.identity = progress, identity
+        self.progress, self.identity, self.pretrained = progress, identity, pretrained
         self.eval_every = config.run.eval_every or plan.steps_per_epoch
         self.num_layers = engine.table.num_layers
         self._window: list[torch.Tensor] = []
@@ -302,7 +304,7 @@ class Trainer:
     def _save(self, *, best: bool) -> None:
         """Write a checkpoint. Collective."""
         self._drain()  # the losses since the last log line are kept
-        trainable = self.engine.trainable()
+        trainable = self.engine.trainable(self._saved_layers())
         tensors, steps = self.engine.full_state()
         with runtime.shared_errors():
             if runtime.rank() == 0:
@@ -315,6 +317,12 @@ class Trainer:
                 }
                 self.checkpoints.save(self.progress.step, trainable, tensors, state, best=best)
 
+    def _saved_layers(self) -> list[int] | None:
+        """Layers whose weights a checkpoint needs: of a model's own weights, only those that ever trained."""
+        if not self.engine.table.pretrained:
+            return None
+        return [layer for layer, steps in enumerate(self.progress.trained_steps) if steps]
+
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Take over selection, chooser and optimizer state; adapters are already in the model."""
         self.chooser.load_state_dict(state["chooser"])
@@ -326,7 +334,7 @@ class Trainer:
         if self._last is None or self._last[0] != self.progress.best_step:
             best = self.checkpoints.folder / f"step_{self.progress.best_step}"
             with runtime.shared_errors():
-                weights = read_tensors(best, TRAINABLE)
+                weights = self.pretrained() | read_tensors(best, TRAINABLE)
             self.engine.load_trainable(weights)
             self._last = (self.progress.best_step, self.predict("dev"))
         predictions = {"dev": self._last[1]}
@@ -346,5 +354,7 @@ class Trainer:
                     values.probabilities,
                     self.corpus.labels,
                 )
-            self.engine.save_adapter(str(folder / "adapter"))
+            self.engine.save_adapter(
+                folder / "adapter", self.config.adapter, list(self.corpus.labels), self._saved_layers()
+            )
         return results

@@ -14,7 +14,7 @@ FLOORS = [
     {"config", "runtime", "schedule"},
     {"selection", "models", "data", "checkpoint", "tracking", "losses", "memory", "optimizer_state"},
     {"adapters"},
-    {"importance", "evaluation"},
+    {"importance", "evaluation", "signal_noise"},
     {"engine"},
     {"trainer", "prepare"},
     {"app"},

@@ -11,9 +11,14 @@ import pytest
 import torch
 import yaml
 
+from irtune import evaluation
 from irtune.app import run
+from irtune.checkpoint import OPTIMIZER, TRAINABLE, read_tensors
+from irtune.engine import Engine
 from irtune.errors import IrtuneError
+from irtune.trainer import Trainer
 from tests.ranks import run_ranks
+from tests.test_engine import expected_bytes
 from tests.tiny import tiny_config
 
 
@@ -240,6 +245,53 @@ def test_method_full_is_plain_deepspeed_with_lora(llama, corpus, tmp_path):
     assert selections(folder) == [[0, 1, 2, 3, 4, 5]]
 
 
+def train_and_watch(config):
+    """Train; for each stretch between selections: the layers chosen, those that moved, state bytes, and parameters.
+
+    What moved is read from whole weights, before the next selection and at the end.
+    """
+    seen = []
+    reselect, finish = Engine.reselect, Trainer.finish
+
+    def layers(engine):
+        whole = engine.trainable()
+        return [{name: whole[name] for name, _ in layer} for layer in engine.table.layers], {
+            name: whole[name] for name, _ in engine.table.head
+        }
+
+    def close_stretch(engine):
+        if seen:
+            now, before = layers(engine)[0], seen[-1].pop("weights")
+            pairs = enumerate(zip(before, now))
+            seen[-1]["moved"] = [i for i, (a, b) in pairs if any(not torch.equal(a[name], b[name]) for name in a)]
+
+    def watched_reselect(engine, selected):
+        close_stretch(engine)
+        reselect(engine, selected)
+        weights, head = layers(engine)
+        trained = [*head.values(), *(tensor for layer in selected for tensor in weights[layer].values())]
+        seen.append({"selected": selected, "weights": weights, "bytes": engine.optimizer_state_bytes(),
+                     "numel": sum(tensor.numel() for tensor in trained)})  # fmt: skip
+
+    def watched_finish(trainer, folder):
+        close_stretch(trainer.engine)
+        return finish(trainer, folder)
+
+    Engine.reselect, Trainer.finish = watched_reselect, watched_finish
+    try:
+        run(config)
+    finally:
+        Engine.reselect, Trainer.finish = reselect, finish
+    return seen
+
+
+def assert_selection_engages(stretches, stage, dtype, may_stand_still=False):
+    for stretch in stretches:
+        moved, selected = stretch["moved"], stretch["selected"]
+        assert set(moved) <= set(selected) if may_stand_still else moved == selected
+        assert stretch["bytes"] in expected_bytes(stage, dtype, stretch["numel"], 2, len(selected) + 1)
+
+
 VARIANTS = {
     "reference preset": {"tuning__preset": "reference"},
     "stale": {"tuning__scores": "stale", "tuning__ema": 0.5, "tuning__num_splits": 2},
@@ -252,11 +304,12 @@ VARIANTS = {
     "topk": {"tuning__method": "topk", "tuning__budget": 2},
     "grass": {"tuning__method": "grass", "tuning__budget": 2},
     "ist": {"tuning__method": "ist", "tuning__budget": 2, "optim__max_steps": 12},
+    "fixed": {"tuning__method": "fixed", "tuning__layers": "1,4-5"},
+    "spectrum": {"tuning__method": "spectrum", "tuning__budget": 2},
     "ir with a budget": {"tuning__budget": 3},
     "bf16": {"model__dtype": "bfloat16"},
     "bf16 adapters": {"model__dtype": "bfloat16", "adapter__dtype": "model"},
     "checkpointing": {"model__gradient_checkpointing": "true"},
-    "dora": {"adapter__type": "dora"},
     "instruction": {"data__prompt": "instruction"},
     "targets": {"adapter__target_modules": "[q_proj, v_proj]"},
 }
@@ -266,10 +319,111 @@ VARIANTS = {
 @pytest.mark.parametrize("stage", [2, 3])
 def test_variants_train(llama, corpus, tmp_path, variant, stage):
     config = tiny_config(llama, corpus, tmp_path / "run", stage, **VARIANTS[variant])
+    masters = config.adapter.dtype == "model" and config.model.dtype != "float32"
+    first, second = run_ranks(train_and_watch, 2, config)
+    assert [stretch["moved"] for stretch in first] == [stretch["moved"] for stretch in second]
+    assert_selection_engages(first, stage, "bfloat16" if masters else "float32")
+    assert all(0 < loss < 10 for loss in losses(tmp_path / "run"))
+    once = config.tuning.method in ("fixed", "spectrum")
+    assert len(first) == 1 if once else len(first) >= 3
+    assert all(1 <= len(chosen) < 6 for chosen in selections(tmp_path / "run"))
+
+
+TYPES = {
+    "dora": {},
+    "rslora": {},
+    "pissa": {},
+    "bottleneck": {"adapter__size": 8, "adapter__dropout": 0.1},
+    "bottleneck parallel": {"adapter__size": 8, "adapter__placement": "parallel", "adapter__activation": "relu"},
+    "bitfit": {},
+    "prefix": {"adapter__num_tokens": 3},
+    "none": {},
+    "none with embeddings": {"adapter__embeddings": "true", "tuning__method": "lisa"},
+    "ltuning-prefix": {"adapter__num_tokens": 2},
+    "spafit": {"tuning__method": "spafit"},
+    "spafit with ir": {"adapter__strata": "[1, 3]"},
+    "bitfit in bf16": {"model__dtype": "bfloat16"},
+    "none in bf16": {"model__dtype": "bfloat16"},
+    "none with ist": {"tuning__method": "ist", "tuning__budget": 2, "optim__max_steps": 12},
+    "prefix with ist": {"tuning__method": "ist", "tuning__budget": 2, "optim__max_steps": 12},
+}
+
+
+@pytest.mark.parametrize("name", TYPES, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_types_of_adapters_train(llama, corpus, tmp_path, name, stage):
+    options = {"adapter__type": name.split()[0]} | TYPES[name]
+    config = tiny_config(llama, corpus, tmp_path / "run", stage, **options)
+    bf16 = config.model.dtype == "bfloat16"
+    first, second = run_ranks(train_and_watch, 2, config)
+    assert [stretch["moved"] for stretch in first] == [stretch["moved"] for stretch in second]
+    # In bf16 a small step may round away in the weight itself; the master remembers it.
+    assert_selection_engages(first, stage, "bfloat16" if bf16 else "float32", may_stand_still=bf16)
+    assert any(stretch["moved"] for stretch in first)
+    assert all(0 < loss < 20 for loss in losses(tmp_path / "run"))
+    if config.tuning.method == "spafit":
+        assert [stretch["selected"] for stretch in first] == [[1, 2, 3, 4, 5]]
+    if "strata" in str(options):
+        assert all(0 not in stretch["selected"] for stretch in first)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "ltuning-prompt"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_types_outside_the_layers_train(llama, corpus, tmp_path, kind, stage):
+    config = tiny_config(llama, corpus, tmp_path / "run", stage, adapter__type=kind, adapter__num_tokens=3)
     folder = launch(config, 2)
-    assert all(0 < loss < 10 for loss in losses(folder))
-    counts = [len(chosen) for chosen in selections(folder)]
-    assert len(counts) >= 3 and all(1 <= count < 6 for count in counts)
+    first, last = (read_tensors(folder / f"checkpoints/step_{step}", TRAINABLE) for step in (3, 6))
+    assert all(not torch.equal(first[name], last[name]) for name in first)
+    assert all("layers." not in name for name in first)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["layers_trained_per_step"] == 0
+    numel = sum(tensor.numel() for tensor in first.values())
+    assert results["optimizer_state_bytes"] in expected_bytes(stage, "float32", numel, 2, 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_own_weights_are_saved_only_once_they_trained_and_come_back(llama, corpus, tmp_path, stage):
+    options = {"adapter__type": "none", "tuning__method": "cyclic", "tuning__order": "ascending", "run__keep_last": 9,
+               "run__eval_every": 2, "model__dtype": "bfloat16"}  # fmt: skip
+    whole = launch(tiny_config(llama, corpus, tmp_path / "whole", stage, **options), 2)
+    for step, layers in ((2, {0}), (4, {0, 1}), (6, {0, 1, 2})):
+        saved = read_tensors(whole / f"checkpoints/step_{step}", TRAINABLE)
+        assert {int(name.split(".")[2]) for name in saved if ".layers." in name} == layers
+        moments = read_tensors(whole / f"checkpoints/step_{step}", OPTIMIZER)
+        assert {int(name.split(".")[2]) for name in moments if ".layers." in name} == layers  # parked ones too
+        assert all(any(name.startswith(f"{own}/") for name in moments) for own in saved)
+        assert {name.rpartition("/")[2] for name in moments} == {"exp_avg", "exp_avg_sq", "master"}
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/step_6")
+    (cut / "results.json").unlink()
+    (cut / "checkpoints/latest").write_text("step_4")
+    best = json.loads((cut / "checkpoints/step_4/state.json").read_text())["progress"]["best_step"]
+    (cut / "checkpoints/best").write_text(f"step_{best}")
+    launch(tiny_config(llama, corpus, cut, stage, **options), 2)
+    assert losses(cut) == losses(whole)
+
+
+def train_with_the_first_evaluation_best(config):
+    """Train as if dev accuracy only ever fell."""
+    counter = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        falling = lambda *args: evaluation.metrics(*args) | {"accuracy": 1 / (1 + next(counter))}  # noqa: E731
+        patch.setattr("irtune.trainer.metrics", falling)
+        run(config)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_layers_that_first_trained_after_the_best_step_are_what_they_were(llama, corpus, tmp_path, stage):
+    """The best checkpoint of own weights lacks them: results must be those of that step all the same."""
+    config = tiny_config(llama, corpus, tmp_path / "run", stage, adapter__type="none", tuning__method="cyclic",
+                         tuning__order="ascending", run__eval_every=2, run__best_metric="accuracy")  # fmt: skip
+    run_ranks(train_with_the_first_evaluation_best, 2, config)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert (results["best_step"], results["steps"], results["layers_ever_trained"]) == (2, 6, 3)
+    best, *_, last = (r for r in records(tmp_path / "run", "eval") if r["split"] == "dev")
+    assert results["dev"]["loss"] == pytest.approx(best["loss"], rel=1e-6)
+    assert results["dev"]["loss"] != pytest.approx(last["loss"], rel=1e-3)
 
 
 def test_checkpointing_changes_memory_and_nothing_else(llama, corpus, base, tmp_path):

@@ -19,6 +19,7 @@ from irtune.selection.ir import IRChooser
 from irtune.selection.ist import IstChooser
 from irtune.selection.lisa import LisaChooser
 from irtune.selection.rst import RandomChooser
+from irtune.selection.spectrum import top_by_votes
 from irtune.selection.topk import TopKChooser
 
 pytestmark = pytest.mark.quick
@@ -259,3 +260,46 @@ def test_every_method_keeps_to_the_budget(method):
     scores = [float(layer % 5) for layer in range(12)] if chooser.needs_scores else None
     for step in range(1, 9):
         assert len(chooser.choose(Observation(step, scores, []))) == 3
+
+
+def test_spectrum_counts_votes_by_hand():
+    # Top 2 of q: layers 1, 3; of up: 1, 2; of down: 0, 3. Votes 1, 2, 1, 2.
+    ratios = {"q": [0.1, 0.9, 0.2, 0.8], "up": [0.0, 0.7, 0.6, 0.1], "down": [0.5, 0.1, 0.2, 0.4]}
+    assert top_by_votes(ratios, 4, 2) == [1, 3]
+    # Three of four: tops q 1, 3, 2; up 1, 2, 3; down 0, 3, 2. Votes 1, 2, 3, 3: layer 1 is the third.
+    assert top_by_votes(ratios, 4, 3) == [1, 2, 3]
+    # Equal votes: the lower mean rank, then the lower layer.
+    assert top_by_votes({"q": [3.0, 2.0, 1.0], "v": [1.0, 2.0, 3.0]}, 3, 1) == [0]
+    chooser = build_chooser(TuningConfig(method="spectrum", budget=2), 4, 0, ratios=ratios)
+    assert chooser.first() == [1, 3]
+    assert not any(chooser.is_due(step) for step in range(1, 50))
+
+
+def test_layers_without_parameters_are_never_chosen():
+    sizes = [0, 5, 5, 0, 5, 5]
+    for method in ("ir", "rst", "ist", "lisa", "cyclic", "grass", "topk", "full", "spafit", "spectrum"):
+        ratios = {"q": [6.0, 5, 4, 3, 2, 1]}
+        chooser = build_chooser(TuningConfig(method=method), 6, 0, sizes, ratios)
+        chosen = chooser.first()
+        if chosen is None:
+            chosen = chooser.choose(Observation(0, [9, 1, 8, 9, 2, 7], []))
+        assert chosen and set(chosen) <= {1, 2, 4, 5}
+        again = build_chooser(TuningConfig(method=method), 6, 0, sizes, ratios)
+        again.load_state_dict(json.loads(json.dumps(chooser.state_dict())))
+        seen = Observation(10, [9, 1, 8, 9, 2, 7], chosen, [([1, 2], 0.5), ([4, 5], 0.7), ([1, 4], 0.6)])
+        assert again.choose(seen) == chooser.choose(seen)
+    assert build_chooser(TuningConfig(method="ir"), 6, 0, sizes).choose(Observation(0, [9, 1, 8, 9, 2, 7], [])) == [
+        2,
+        5,
+    ]
+    ist = build_chooser(TuningConfig(method="ist"), 6, 0, sizes)
+    assert all(set(layers) <= {1, 2, 4, 5} for layers in ist.trials(10))
+
+
+def test_nothing_is_chosen_where_no_layer_has_parameters():
+    assert build_chooser(TuningConfig(method="full"), 6, 0, [0] * 6).first() == []
+
+
+def test_fixed_layers_must_have_parameters():
+    with pytest.raises(ConfigError, match=r"layers \[0\] have no parameters"):
+        build_chooser(TuningConfig(method="fixed", layers="0-2"), 4, 0, [0, 1, 1, 1])

@@ -1,19 +1,40 @@
-"""What is put into the layers: a builder per adapter type, and the table layer -> trainable parameters."""
+"""What is put into the layers, and the table layer -> trainable parameters. One file per type, in kinds/."""
+
+import importlib
 
 from torch import nn
 
-from irtune.adapters.lora import add_lora
-from irtune.adapters.scaling import suppressed
+from irtune.adapters.saved import load_adapter, write_adapter
+from irtune.adapters.scaling import remember_origins, suppressed
 from irtune.adapters.table import LayerTable, build_table
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 
-BUILDERS = {"lora": add_lora, "dora": add_lora, "rslora": add_lora}
-
-__all__ = ["BUILDERS", "LayerTable", "add_adapters", "build_table", "suppressed"]
+__all__ = [
+    "LayerTable",
+    "add_adapters",
+    "build_table",
+    "load_adapter",
+    "remember_origins",
+    "suppressed",
+    "write_adapter",
+]
 
 
 def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Module, LayerTable]:
-    """Put adapters of `adapter.type` into every layer; returns the model with them and the table."""
-    model = BUILDERS[adapter.type](classifier, adapter)
-    return model, build_table(model, classifier.anatomy)
+    """Put adapters of `adapter.type` into the layers; returns the model with them and the table.
+
+    Raises:
+        ConfigError, ModelError: when the type's settings do not fit the model.
+    """
+    kind = importlib.import_module(f"irtune.adapters.kinds.{adapter.type.replace('-', '_')}")
+    model = kind.build(classifier, adapter)
+    table = build_table(
+        model,
+        classifier.anatomy,
+        every_layer=getattr(kind, "EVERY_LAYER", True),
+        pretrained=getattr(kind, "PRETRAINED", False),
+    )
+    dtypes = {parameter.dtype for _, parameter in table.all()}
+    assert len(dtypes) == 1, f"adapters and head must share one dtype, not {dtypes}"
+    return model, table

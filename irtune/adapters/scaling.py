@@ -1,28 +1,97 @@
-"""Turn the adapters of some layers down for a measurement."""
+"""Turn what some layers have learnt down for a measurement."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
-from irtune.adapters.table import LayerTable
+from irtune.adapters.table import LayerTable, Named
+
+Gathered = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[None]]
+
+
+class Scaled(nn.Module):
+    """An adapter whose output is multiplied by `scaling`."""
+
+    scaling: float = 1.0
+
+
+def remember_origins(table: LayerTable) -> None:
+    """Keep the first values, on the CPU, of parameters that no scaling can turn down: `suppressed` needs them."""
+    table.origins = {name: parameter.detach().cpu().clone() for name, parameter in _unscaled(table)}
+
+
+def _unscaled(table: LayerTable) -> Named:
+    scaled = {
+        id(parameter)
+        for module in table.modules
+        for part in module.modules()
+        if isinstance(part, Scaled) or (isinstance(part, BaseTunerLayer) and hasattr(part, "scaling"))
+        for name, parameter in part.named_parameters()
+        if "base_layer" not in name
+    }
+    return [(name, parameter) for layer in table.layers for name, parameter in layer if id(parameter) not in scaled]
 
 
 @contextlib.contextmanager
-def suppressed(table: LayerTable, layers: Sequence[int], factor: float = 0.25) -> Iterator[None]:
-    """Multiply the scaling of the adapters in `layers` by `factor` inside the block.
+def suppressed(
+    table: LayerTable,
+    layers: Sequence[int],
+    factor: float = 0.25,
+    gathered: Gathered = lambda _: contextlib.nullcontext(),
+) -> Iterator[None]:
+    """Multiply what the adapters in `layers` do by `factor` inside the block.
 
-    Afterwards every scaling is what it was, bit for bit, also when an exception flies.
+    Adapters that have a scaling are scaled. Other parameters (biases, a layer's own weights, prefixes) move back
+    towards their first value theta_0: theta_0 + factor (theta - theta_0), which is the same thing for an update that
+    starts at zero; `remember_origins` must have been called for them. Afterwards everything is what it was, bit for
+    bit, also when an exception flies.
+
+    Args:
+        table: the model's parameters by layer.
+        layers: the layers to turn down.
+        factor: what remains of them.
+        gathered: a context in which parameters are whole and writable (ZeRO 3 keeps them in pieces).
     """
-    before: list[tuple[dict[str, float], dict[str, float]]] = []
+    moved = [(name, p) for layer in layers for name, p in table.layers[layer] if name in table.origins]
+    parameters = [parameter for _, parameter in moved]
+    kept: list[torch.Tensor] = []
     try:
-        for layer in layers:
-            for module in table.modules[layer].modules():
-                scaling = getattr(module, "scaling", None)
-                if isinstance(module, BaseTunerLayer) and isinstance(scaling, dict):
-                    before.append((scaling, dict(scaling)))
-                    scaling.update({name: value * factor for name, value in scaling.items()})
+        _scale(table, layers, factor)
+        if moved:
+            with torch.no_grad(), gathered(parameters):
+                for name, parameter in moved:
+                    kept.append(parameter.data.clone())
+                    origin = table.origins[name].to(parameter.device)
+                    parameter.data.copy_(origin + factor * (parameter.data - origin))
         yield
     finally:
-        for scaling, values in before:
-            scaling.update(values)
+        _unscale(table, layers)
+        if kept:
+            with torch.no_grad(), gathered(parameters):
+                for parameter, value in zip(parameters, kept):
+                    parameter.data.copy_(value)
+
+
+def _scale(table: LayerTable, layers: Sequence[int], factor: float) -> None:
+    for layer in layers:
+        for module in table.modules[layer].modules():
+            scaling = getattr(module, "scaling", None)
+            if isinstance(module, Scaled):
+                module.full_scaling = module.scaling  # type: ignore[assignment]
+                module.scaling = module.scaling * factor
+            elif isinstance(module, BaseTunerLayer) and isinstance(scaling, dict):
+                module.full_scaling = dict(scaling)  # type: ignore[assignment]
+                scaling.update({name: value * factor for name, value in scaling.items()})
+
+
+def _unscale(table: LayerTable, layers: Sequence[int]) -> None:
+    for layer in layers:
+        for module in table.modules[layer].modules():
+            full = module.__dict__.pop("full_scaling", None)
+            if isinstance(full, dict):
+                module.scaling.update(full)  # type: ignore[union-attr, operator]
+            elif full is not None:
+                module.scaling = full

@@ -1,8 +1,10 @@
 """The table of what can be trained: per layer, and the head. Everything else in the model is a constant."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from irtune.errors import ModelError
@@ -18,11 +20,20 @@ class LayerTable:
     layers: for each of the L layers, its adapter parameters with their names in the model.
     head: parameters that always train.
     modules: the L layer modules themselves.
+    pretrained: whether the layers' parameters are the model's own weights, which need not be saved before they train.
+    origins: first values of parameters, for measurements that turn them down; see `adapters.scaling`.
     """
 
     layers: list[Named]
     head: Named
     modules: list[nn.Module]
+    pretrained: bool = False
+    origins: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def groups(self, layers: Iterable[int] | None = None) -> list[Named]:
+        """Parameters of each of `layers` (None: of all that have any), and of the head."""
+        chosen = range(self.num_layers) if layers is None else sorted(layers)
+        return [*(self.layers[number] for number in chosen if self.layers[number]), self.head]
 
     @property
     def num_layers(self) -> int:
@@ -42,11 +53,13 @@ class LayerTable:
             parameter.requires_grad_(True)
 
 
-def build_table(model: nn.Module, anatomy: Anatomy) -> LayerTable:
-    """Sort the parameters of `model` that require gradients into layers and head.
+def build_table(
+    model: nn.Module, anatomy: Anatomy, *, every_layer: bool = True, pretrained: bool = False
+) -> LayerTable:
+    """Sort the parameters of `model` that require gradients into layers and head, which is what lies outside layers.
 
     Raises:
-        ModelError: when a layer has no trainable parameter, or one lies in neither a layer nor the head.
+        ModelError: when there is a layer without a trainable parameter, and `every_layer` must have one.
     """
     layers: list[Named] = [[] for _ in range(anatomy.num_layers)]
     head: Named = []
@@ -55,15 +68,10 @@ def build_table(model: nn.Module, anatomy: Anatomy) -> LayerTable:
         if not parameter.requires_grad:
             continue
         match = in_layer.search(name)
-        if match:
-            layers[int(match.group(1))].append((name, parameter))
-        elif any(f".{part}." in f".{name}" for part in anatomy.head):
-            head.append((name, parameter))
-        else:
-            raise ModelError(f"trainable parameter {name} lies in neither a layer nor the head")
+        (layers[int(match.group(1))] if match else head).append((name, parameter))
     empty = [number for number, layer in enumerate(layers) if not layer]
-    if empty:
+    if empty and every_layer:
         raise ModelError(f"no adapter in layers {empty}: adapter.target_modules does not reach them")
     suffix = f".{anatomy.layers}"
     lists = [module for name, module in model.named_modules() if f".{name}".endswith(suffix)]
-    return LayerTable(layers, head, list(lists[0].children()))
+    return LayerTable(layers, head, list(lists[0].children()), pretrained)

@@ -27,16 +27,33 @@ class ModelConfig:
 class AdapterConfig:
     """What is put into every layer."""
 
-    type: Literal["lora", "dora", "rslora"] = "lora"
-    """Kind of adapter."""
+    type: str = "lora"
+    """Kind of adapter: lora, dora, rslora, pissa (low-rank updates of linear modules); bottleneck (a small network
+    behind or beside a block); bitfit (the biases); prefix (keys and values before each attention); prompt (embeddings
+    before the text); none (the layers' own weights); ltuning-prompt, ltuning-prefix (conditioned on each label's text);
+    spafit (strata of layers: frozen, biases, LoRA and biases)."""
     r: int = 8
-    """Rank of the update."""
+    """Rank of the update; inner width of ltuning-prefix."""
     alpha: float = 16.0
     """Scale of the update: alpha / r for lora."""
     dropout: float = 0.0
     """Dropout on the adapter's input during training."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear modules that get an adapter, or all-linear: every one except the classification head."""
+    size: int = 256
+    """Inner width of bottleneck and of the network of ltuning-prompt."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Activation of bottleneck."""
+    placement: Literal["serial", "parallel"] = "serial"
+    """bottleneck on the output of attention and feed-forward block, or beside the feed-forward block."""
+    scale: float = 1.0
+    """Factor of what bottleneck adds."""
+    num_tokens: int = 16
+    """Keys and values per attention of prefix and ltuning-prefix; embeddings of prompt."""
+    strata: list[int] | None = None
+    """a and b of spafit: layers [0, a) frozen, [a, b) biases, the others LoRA and biases. null: the paper's shares."""
+    embeddings: bool = False
+    """With type none, train the input embeddings too. They are often larger than all layers that train at a time."""
     dtype: Literal["float32", "model"] = "float32"
     """Format of adapters and head: float32 needs no master copy under ZeRO 0 and 3; model follows model.dtype and keeps
     an fp32 master copy where that is lower precision."""
@@ -78,13 +95,14 @@ class DataConfig:
 class TuningConfig:
     """Which layers are trained."""
 
-    method: Literal["ir", "full", "rst", "ist", "lisa", "cyclic", "grass", "fixed", "topk"] = "ir"
+    method: Literal["ir", "full", "rst", "ist", "lisa", "cyclic", "grass", "spectrum", "fixed", "topk", "spafit"] = "ir"
     """ir: layers whose gradient norms stand out; full: all layers; rst: random layers at every step; ist: layers
     drawn by learnt importance; lisa: a few random layers for `interval` steps; cyclic: blocks of layers in turn;
-    grass: layers drawn by their gradient norms; fixed: `layers`; topk: the highest scores."""
+    grass: layers drawn by their gradient norms; spectrum: by the signal-to-noise ratio of their weights, once; fixed:
+    `layers`; topk: the highest scores; spafit: all but the lowest stratum of the adapter type spafit."""
     budget: int | float | None = None
     """Layers that are trained at a time: a whole number of layers, or a fraction such as 0.25. null: what the method's
-    paper takes (rst .125, ist .25, lisa 2, cyclic 1, grass and topk .25); ir then follows its rule."""
+    paper takes (rst .125, ist .25, lisa 2, cyclic 1, grass, spectrum and topk .25); ir then follows its rule."""
     layers: str | None = None
     """Layers of the method fixed: numbers and ranges such as 0-3,7,-1 (-1 is the last)."""
     order: Literal["ascending", "descending", "random"] = "random"

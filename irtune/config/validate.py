@@ -1,10 +1,17 @@
 """Checks that need more than one value's type. Nothing is loaded here; every problem is returned."""
 
+import difflib
 import math
+from pathlib import Path
 
-from irtune.config.schema import Config
+from irtune.config.schema import AdapterConfig, Config
 
 MAX_SPLITS = 8
+# An adapter type is a file: to add one, nothing has to be registered anywhere.
+_KINDS = Path(__file__).parents[1] / "adapters" / "kinds"
+ADAPTER_TYPES = sorted(file.stem.replace("_", "-") for file in _KINDS.glob("[!_]*.py"))
+OWN_WEIGHTS = ("none", "bitfit", "spafit")
+OUTSIDE_LAYERS = ("prompt", "ltuning-prompt")
 
 
 def check_config(config: Config) -> list[str]:
@@ -63,6 +70,28 @@ def _check_numbers(config: Config) -> list[str]:
         problems.append(
             f"tuning.min_fraction ({tuning.min_fraction}) is above tuning.max_fraction ({tuning.max_fraction})"
         )
+    return problems + _check_adapter(adapter)
+
+
+def _check_adapter(adapter: AdapterConfig) -> list[str]:
+    rules: list[tuple[str, object, bool, str]] = [
+        ("adapter.size", adapter.size, adapter.size >= 1, "a whole number of at least 1"),
+        ("adapter.scale", adapter.scale, 0 < adapter.scale < math.inf, "a number above 0"),
+        ("adapter.num_tokens", adapter.num_tokens, adapter.num_tokens >= 1, "a whole number of at least 1"),
+    ]
+    problems = [f"{key} is {value!r}; accepted: {accepted}" for key, value, good, accepted in rules if not good]
+    if adapter.type not in ADAPTER_TYPES:
+        near = difflib.get_close_matches(adapter.type, ADAPTER_TYPES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        problems.append(f"adapter.type is {adapter.type!r}; {hint}accepted: {', '.join(ADAPTER_TYPES)}")
+    if adapter.strata is not None:
+        a, b = [*adapter.strata, 0, 0][:2]
+        if adapter.type != "spafit":
+            problems.append(f"adapter.strata goes with adapter.type spafit, not {adapter.type}")
+        if len(adapter.strata) != 2 or not 0 <= a <= b:
+            problems.append(f"adapter.strata is {adapter.strata}; accepted: [a, b] with 0 <= a <= b <= layers")
+    if adapter.embeddings and adapter.type != "none":
+        problems.append(f"adapter.embeddings goes with adapter.type none, not {adapter.type}")
     return problems
 
 
@@ -93,8 +122,20 @@ def _check_combinations(config: Config) -> list[str]:
         problems.append(
             "adapter.dtype float32 needs model.dtype float32 or bfloat16; with float16 set adapter.dtype to model"
         )
-    tuning = config.tuning
-    if tuning.budget is not None and tuning.method in ("full", "fixed"):
+    adapter, tuning = config.adapter, config.tuning
+    if adapter.type in OWN_WEIGHTS and adapter.dtype == "float32" and config.model.dtype != "float32":
+        problems.append(
+            f"adapter.type {adapter.type} trains the model's own parameters, which are {config.model.dtype}; set "
+            "adapter.dtype to model (fp32 masters are kept) or model.dtype to float32"
+        )
+    if adapter.type in OUTSIDE_LAYERS and tuning.method != "full":
+        problems.append(
+            f"adapter.type {adapter.type} has its parameters before the first layer, not in layers: tuning.method "
+            f"{tuning.method} has nothing to choose; use full"
+        )
+    if tuning.method == "spafit" and adapter.type != "spafit":
+        problems.append(f"tuning.method spafit needs adapter.type spafit, not {adapter.type}")
+    if tuning.budget is not None and tuning.method in ("full", "fixed", "spafit"):
         problems.append(f"tuning.budget has no meaning for tuning.method {tuning.method}; leave it out")
     if tuning.budget is not None and tuning.method == "ir" and tuning.rule == "reference":
         problems.append("tuning.budget cannot be kept by tuning.rule reference, which has limits of its own; use otsu")

@@ -1,6 +1,6 @@
 """Choosers of layers: pure, seeded, without torch.distributed. `build_chooser` is the registry by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from irtune.config.schema import TuningConfig
 from irtune.errors import ConfigError
@@ -13,13 +13,24 @@ from irtune.selection.ir import IRChooser
 from irtune.selection.ist import IstChooser
 from irtune.selection.lisa import LisaChooser
 from irtune.selection.rst import RandomChooser
+from irtune.selection.spafit import SpafitChooser
+from irtune.selection.spectrum import SpectrumChooser
 from irtune.selection.split import split_layers
+from irtune.selection.subset import SubsetChooser
 from irtune.selection.topk import TopKChooser
 
 __all__ = ["Chooser", "Observation", "build_chooser", "layer_budget", "split_layers", "takes_budget"]
 
 # Layers trained at a time when the user sets no budget: a number of layers, or a fraction of them.
-PAPER_BUDGETS: dict[str, int | float] = {"rst": 0.125, "ist": 0.25, "lisa": 2, "cyclic": 1, "grass": 0.25, "topk": 0.25}
+PAPER_BUDGETS: dict[str, int | float] = {
+    "rst": 0.125,
+    "ist": 0.25,
+    "lisa": 2,
+    "cyclic": 1,
+    "grass": 0.25,
+    "spectrum": 0.25,
+    "topk": 0.25,
+}
 
 
 def takes_budget(method: str) -> bool:
@@ -41,27 +52,60 @@ def layer_budget(budget: int | float, num_layers: int) -> int:
     return count
 
 
-def build_chooser(tuning: TuningConfig, num_layers: int, seed: int, sizes: Sequence[int] = ()) -> Chooser:
-    """Return the chooser named by `tuning.method` for a model of `num_layers` layers with `sizes` parameters each.
+def build_chooser(
+    tuning: TuningConfig,
+    num_layers: int,
+    seed: int,
+    sizes: Sequence[int] | None = None,
+    ratios: Mapping[str, Sequence[float]] | None = None,
+) -> Chooser:
+    """Return the chooser named by `tuning.method`, among those layers that have parameters.
+
+    Args:
+        tuning: the method and its settings.
+        num_layers: L.
+        seed: of everything random.
+        sizes: trainable parameters of each layer; None: every layer has some.
+        ratios: L signal-to-noise ratios per module type, for the method spectrum.
 
     Raises:
         ConfigError: for a budget or layers that the model has not.
     """
+    sizes = [1] * num_layers if sizes is None else sizes
+    layers = [layer for layer, size in enumerate(sizes) if size]
+    if tuning.method == "fixed":
+        return FixedChooser(num_layers, seed, layers=_named_layers(tuning.layers or "", num_layers, layers))
+    if not layers:  # parameters are elsewhere, and always train
+        return FixedChooser(num_layers, seed, layers=[])
+    some = {name: [values[layer] for layer in layers] for name, values in (ratios or {}).items()}
+    chooser = _build(tuning, len(layers), seed, [sizes[layer] for layer in layers], some)
+    return chooser if len(layers) == num_layers else SubsetChooser(chooser, layers, num_layers)
+
+
+def _named_layers(text: str, num_layers: int, with_parameters: Sequence[int]) -> list[int]:
+    try:
+        layers = parse_layers(text, num_layers)
+    except ValueError as error:
+        raise ConfigError(f"tuning.layers: {error}") from None
+    empty = [layer for layer in layers if layer not in with_parameters]
+    if empty:
+        raise ConfigError(f"tuning.layers: layers {empty} have no parameters; those that have some: {with_parameters}")
+    return layers
+
+
+def _build(
+    tuning: TuningConfig, num_layers: int, seed: int, sizes: Sequence[int], ratios: Mapping[str, Sequence[float]]
+) -> Chooser:
     interval = tuning.interval
     count = layer_budget(tuning.budget or PAPER_BUDGETS.get(tuning.method, 1), num_layers)
     low, high = tuning.min_fraction, tuning.max_fraction
     if tuning.budget is not None:
         low = high = count / num_layers
 
-    def fixed() -> Chooser:
-        try:
-            return FixedChooser(num_layers, seed, layers=parse_layers(tuning.layers or "", num_layers))
-        except ValueError as error:
-            raise ConfigError(f"tuning.layers: {error}") from None
-
     builders: dict[str, Callable[[], Chooser]] = {
         "full": lambda: FullChooser(num_layers, seed),
-        "fixed": fixed,
+        "spafit": lambda: SpafitChooser(num_layers, seed, layers=range(num_layers)),
+        "spectrum": lambda: SpectrumChooser(num_layers, seed, count=count, ratios=ratios),
         "rst": lambda: RandomChooser(num_layers, interval, seed, count=count),
         "lisa": lambda: LisaChooser(num_layers, interval, seed, count=count),
         "cyclic": lambda: CyclicChooser(num_layers, interval, seed, count=count, order=tuning.order),

@@ -1,18 +1,10 @@
 """All layers, always: the paper's "full" (adapters on all layers, not full-parameter fine-tuning)."""
 
-from irtune.selection.base import Chooser, Observation
+from irtune.selection.fixed import FixedChooser
 
 
-class FullChooser(Chooser):
+class FullChooser(FixedChooser):
     """Trains every layer from the first step to the last."""
 
     def __init__(self, num_layers: int, seed: int = 0):
-        super().__init__(num_layers, interval=0, seed=seed)
-
-    def first(self) -> list[int]:
-        """All layers."""
-        return list(range(self.num_layers))
-
-    def choose(self, seen: Observation) -> list[int]:
-        """All layers."""
-        return list(range(self.num_layers))
+        super().__init__(num_layers, seed, layers=range(num_layers))

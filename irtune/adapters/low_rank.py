@@ -1,8 +1,8 @@
 """LoRA and its relatives through peft: low-rank updates beside the linear modules of every layer."""
 
 import re
+from typing import Any
 
-import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -12,37 +12,52 @@ from irtune.errors import ConfigError
 from irtune.models import AdapterLinear, Classifier, compute_in_input_dtype, linear_names
 
 
-def target_pattern(names: list[str], adapter: AdapterConfig, layers: str) -> str:
-    """A regular expression for the full names of the modules that get an adapter.
-
-    Full names, because a bare `dense` would also reach a pooler outside the layers.
+def wanted_modules(names: list[str], adapter: AdapterConfig) -> list[str]:
+    """Those linear modules of a layer that `adapter.target_modules` asks for.
 
     Raises:
         ConfigError: for a target that matches no linear module of a layer; lists those that exist.
     """
     if adapter.target_modules == "all-linear":
-        wanted = names
-    else:
-        unknown = [
-            target for target in adapter.target_modules
-            if not any(name == target or name.endswith(f".{target}") for name in names)
-        ]  # fmt: skip
-        if unknown or not adapter.target_modules:
-            raise ConfigError(
-                f"adapter.target_modules: {', '.join(map(repr, unknown)) or 'an empty list'} matches no linear module "
-                f"of a layer; they are: {', '.join(names)}"
-            )
-        wanted = [n for n in names if any(n == t or n.endswith(f".{t}") for t in adapter.target_modules)]
-    return rf"{re.escape(layers)}\.\d+\.({'|'.join(re.escape(name) for name in wanted)})"
+        return names
+    targets = adapter.target_modules
+
+    def matches(name: str, target: str) -> bool:
+        return name == target or name.endswith(f".{target}")
+
+    unknown = [target for target in targets if not any(matches(name, target) for name in names)]
+    if unknown or not targets:
+        raise ConfigError(
+            f"adapter.target_modules: {', '.join(map(repr, unknown)) or 'an empty list'} matches no linear module "
+            f"of a layer; they are: {', '.join(names)}"
+        )
+    return [name for name in names if any(matches(name, target) for target in targets)]
 
 
-def add_lora(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+def target_pattern(names: list[str], layers: str, numbers: str = r"\d+") -> str:
+    """A regular expression for the full names of modules `names` in the layers whose number matches `numbers`.
+
+    Full names, because a bare `dense` would also reach a pooler outside the layers.
+    """
+    return rf"{re.escape(layers)}\.({numbers})\.({'|'.join(re.escape(name) for name in names)})"
+
+
+def add_low_rank(
+    classifier: Classifier, adapter: AdapterConfig, *, pattern: str | None = None, **options: Any
+) -> nn.Module:
     """Put adapters into all layers of `classifier.model` and make head and adapters the only trainable parameters.
 
     The update starts at zero (Hu et al. 2022): B is zero, so the model computes what it did before.
+
+    Args:
+        classifier: the pretrained model; it is changed.
+        adapter: rank, scale, dropout, target modules, number format.
+        pattern: full names of the modules that get an adapter, where not those of `adapter.target_modules`.
+        options: further settings of peft's LoraConfig.
     """
     anatomy = classifier.anatomy
-    pattern = target_pattern(linear_names(classifier.model, anatomy), adapter, anatomy.layers)
+    if pattern is None:
+        pattern = target_pattern(wanted_modules(linear_names(classifier.model, anatomy), adapter), anatomy.layers)
     model = get_peft_model(
         classifier.model,
         LoraConfig(
@@ -50,10 +65,9 @@ def add_lora(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
             r=adapter.r,
             lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft divides by it: any number will do
             lora_dropout=adapter.dropout,
-            use_dora=adapter.type == "dora",
-            use_rslora=adapter.type == "rslora",
             target_modules=pattern,
             modules_to_save=list(anatomy.head),
+            **options,
         ),
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -71,10 +85,4 @@ def add_lora(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
         dtype = next(p.dtype for p in classifier.model.parameters() if not p.requires_grad and p.is_floating_point())
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)
-    _check_one_dtype(trained)
     return model
-
-
-def _check_one_dtype(parameters: list[nn.Parameter]) -> None:
-    dtypes: set[torch.dtype] = {parameter.dtype for parameter in parameters}
-    assert len(dtypes) == 1, f"adapters and head must share one dtype, not {dtypes}"

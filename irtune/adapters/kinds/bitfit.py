@@ -1,0 +1,15 @@
+"""BitFit (Ben Zaken et al., ACL 2022): only the biases train, which are the model's own, in its number format."""
+
+from torch import nn
+
+from irtune.adapters.biases import layer_biases
+from irtune.adapters.trained import freeze, layer_list, train_with_head
+from irtune.config.schema import AdapterConfig
+from irtune.models import Classifier
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """Make the biases of every layer trainable."""
+    freeze(classifier.model)
+    train_with_head(classifier, adapter, [p for layer in layer_list(classifier) for p in layer_biases(layer)])
+    return classifier.model

@@ -1,0 +1,12 @@
+"""DoRA (Liu et al., ICML 2024): LoRA on the direction of a weight, its magnitude trained beside it."""
+
+from torch import nn
+
+from irtune.adapters.low_rank import add_low_rank
+from irtune.config.schema import AdapterConfig
+from irtune.models import Classifier
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """DoRA as peft has it."""
+    return add_low_rank(classifier, adapter, use_dora=True)

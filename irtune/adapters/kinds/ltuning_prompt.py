@@ -1,0 +1,45 @@
+"""LT-Prompt (Kowsher et al. 2024): e(y) = G(h) stands before the text; o = C(M(e(y), e(x))). G and C train."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from irtune.adapters.label_texts import candidate_logits, label_states, per_label
+from irtune.adapters.soft_tokens import SoftTokens
+from irtune.adapters.trained import freeze, train_with_head
+from irtune.config.schema import AdapterConfig
+from irtune.models import Classifier
+
+EVERY_LAYER = False
+
+
+class LabelPrompted(SoftTokens):
+    """A classifier that reads each text behind what G makes of each label's hidden states."""
+
+    states: torch.Tensor
+    attends: torch.Tensor
+
+    def __init__(self, classifier: Classifier, adapter: AdapterConfig):
+        known = label_states(classifier)
+        super().__init__(classifier)
+        self.register_buffer("states", known.states, persistent=False)
+        self.register_buffer("attends", known.attends, persistent=False)
+        width = known.states.shape[2]
+        # G: from hidden states to embeddings, through `size` dimensions.
+        self.label_prompt = nn.Sequential(nn.Linear(width, adapter.size), nn.Tanh(), nn.Linear(adapter.size, width))
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        """A batch [batch, length] to logits [batch, labels]."""
+        labels, rows = self.states.shape[0], batch["input_ids"].shape[0]
+        soft = self.label_prompt(self.states.to(next(self.label_prompt.parameters()).dtype))
+        output = self.call(soft.repeat(rows, 1, 1), self.attends.repeat(rows, 1), **per_label(batch, labels))
+        return candidate_logits(output.logits)
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """Put the labels before the texts."""
+    freeze(classifier.model)
+    model = LabelPrompted(classifier, adapter)
+    train_with_head(classifier, adapter, model.label_prompt.parameters())
+    return model

@@ -1,0 +1,30 @@
+"""No adapter: the layers' own weights train, in the model's number format with fp32 masters where that is lower.
+
+This is full-parameter layer selection, as LISA (Pan et al., NeurIPS 2024) and BAdam (Luo et al., NeurIPS 2024) have it:
+optimizer state is large, and choosing layers saves most.
+"""
+
+from torch import nn
+
+from irtune.adapters.trained import freeze, layer_list, train_with_head
+from irtune.config.schema import AdapterConfig
+from irtune.errors import ConfigError
+from irtune.models import Classifier
+
+PRETRAINED = True
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """Make all weights of every layer trainable, and the input embeddings where `adapter.embeddings` says so.
+
+    Raises:
+        ConfigError: for a quantised base, whose weights cannot be trained.
+    """
+    if getattr(classifier.model, "is_quantized", False):
+        raise ConfigError("adapter.type none trains the model's own weights; it needs model.quantization none")
+    freeze(classifier.model)
+    weights = [parameter for layer in layer_list(classifier) for parameter in layer.parameters()]
+    if adapter.embeddings:
+        weights += list(classifier.model.get_input_embeddings().parameters())  # type: ignore[operator]
+    train_with_head(classifier, adapter, weights)
+    return classifier.model

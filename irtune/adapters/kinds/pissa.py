@@ -1,0 +1,22 @@
+"""PiSSA (Meng et al., NeurIPS 2024): LoRA that starts from the largest singular directions of each weight.
+
+The base keeps the rest of the weight. peft computes the same decomposition again when it loads the adapter.
+"""
+
+from torch import nn
+
+from irtune.adapters.low_rank import add_low_rank
+from irtune.config.schema import AdapterConfig
+from irtune.errors import ConfigError
+from irtune.models import Classifier
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """PiSSA as peft has it.
+
+    Raises:
+        ConfigError: for a quantised base, whose weights cannot be decomposed exactly.
+    """
+    if getattr(classifier.model, "is_quantized", False):
+        raise ConfigError("adapter.type pissa decomposes the base's weights; it needs model.quantization none")
+    return add_low_rank(classifier, adapter, init_lora_weights="pissa")

@@ -1,0 +1,42 @@
+"""Prefix tuning (Li and Liang, ACL 2021): trained keys and values before those of every attention.
+
+Their own parameters, without the paper's reparameterisation by a network. Unlike peft's, which live in one matrix
+outside the layers, each layer has its own, so that layers can be chosen; and the text's positions stay what they were.
+"""
+
+import torch
+from torch import nn
+
+from irtune.adapters.attention import AttentionPlace, KeysAndValues, attention_places
+from irtune.adapters.trained import freeze, train_with_head
+from irtune.config.schema import AdapterConfig
+from irtune.models import Classifier
+
+INITIAL_DEVIATION = 0.02
+
+
+class Prefix(KeysAndValues):
+    """`num_tokens` keys [heads, P, dim] and values of one layer."""
+
+    def __init__(self, place: AttentionPlace, num_tokens: int):
+        super().__init__()
+        self.key = nn.Parameter(torch.randn(place.heads, num_tokens, place.key_dim) * INITIAL_DEVIATION)
+        self.value = nn.Parameter(torch.randn(place.heads, num_tokens, place.value_dim) * INITIAL_DEVIATION)
+
+    def forward(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same prefix for every row of the batch."""
+        rows = key.shape[0]
+        first_key = self.key.to(key.dtype).expand(rows, -1, -1, -1)
+        first_value = self.value.to(value.dtype).expand(rows, -1, -1, -1)
+        return torch.cat([first_key, key], dim=2), torch.cat([first_value, value], dim=2)
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """Give every attention a prefix."""
+    freeze(classifier.model)
+    added = []
+    for place in attention_places(classifier, "prefix"):
+        place.module.prefix = Prefix(place, adapter.num_tokens)
+        added += list(place.module.prefix.parameters())
+    train_with_head(classifier, adapter, added)
+    return classifier.model

@@ -1,0 +1,42 @@
+"""Prompt tuning (Lester et al., EMNLP 2021): trained embeddings before the text, the model itself constant.
+
+They start as the embeddings of random tokens of the vocabulary, and live in no layer. Unlike peft's, which loses the
+token ids and therefore reads the class at the padding of a short text, the model still finds the last token.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from irtune.adapters.soft_tokens import SoftTokens
+from irtune.adapters.trained import freeze, train_with_head
+from irtune.config.schema import AdapterConfig
+from irtune.models import Classifier
+
+EVERY_LAYER = False
+
+
+class Prompted(SoftTokens):
+    """A classifier behind a trained prompt of `num_tokens` embeddings."""
+
+    def __init__(self, classifier: Classifier, adapter: AdapterConfig):
+        super().__init__(classifier)
+        vocabulary = self.base.get_input_embeddings()  # type: ignore[operator]
+        chosen = torch.randint(vocabulary.num_embeddings, (adapter.num_tokens,))
+        first = vocabulary(chosen.to(vocabulary.weight.device)).detach().clone()
+        self.prompt = nn.Embedding(adapter.num_tokens, first.shape[1], _weight=first)
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        """A batch to the model's output."""
+        device = batch["input_ids"].device
+        soft = self.prompt(torch.arange(self.prompt.num_embeddings, device=device)).unsqueeze(0)
+        return self.call(soft, torch.ones(soft.shape[:2], device=device), **batch)
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """Put a prompt before the texts."""
+    freeze(classifier.model)
+    model = Prompted(classifier, adapter)
+    train_with_head(classifier, adapter, model.prompt.parameters())
+    return model

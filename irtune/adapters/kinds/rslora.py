@@ -1,0 +1,12 @@
+"""rsLoRA (Kalajdzievski 2023): LoRA scaled by alpha / sqrt(r), so that large ranks keep learning."""
+
+from torch import nn
+
+from irtune.adapters.low_rank import add_low_rank
+from irtune.config.schema import AdapterConfig
+from irtune.models import Classifier
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """rsLoRA as peft has it."""
+    return add_low_rank(classifier, adapter, use_rslora=True)

@@ -1,0 +1,57 @@
+"""SPAFIT (Arora and Wang 2024): strata of layers [0, a) frozen, [a, b) biases only, [b, L) LoRA and biases.
+
+In the last stratum the attention matrices get LoRA, and the biases outside the attention train.
+"""
+
+import math
+
+from torch import nn
+
+from irtune.adapters.biases import layer_biases
+from irtune.adapters.low_rank import add_low_rank, target_pattern
+from irtune.adapters.trained import freeze, layer_list, train_with_head
+from irtune.config.schema import AdapterConfig
+from irtune.errors import ConfigError, ModelError
+from irtune.models import ATTENTION_NAMES, Classifier, linear_names
+
+EVERY_LAYER = False
+
+
+def strata(adapter: AdapterConfig, num_layers: int) -> tuple[int, int]:
+    """a and b of a model of `num_layers`: `adapter.strata`, or the paper's SPAFIT-4-9 of 24 layers in proportion.
+
+    Raises:
+        ConfigError: when they overlap or leave the range, or no layer would train.
+    """
+    a, b = adapter.strata or (math.floor(num_layers * 4 / 24), math.floor(num_layers * 9 / 24))
+    if not 0 <= a <= b <= num_layers or a == num_layers:
+        raise ConfigError(
+            f"adapter.strata is {[a, b]}; accepted: [a, b] with 0 <= a <= b <= {num_layers} (the model's layers) and a "
+            f"below {num_layers}: layers [0, a) frozen, [a, b) biases, [b, {num_layers}) LoRA and biases"
+        )
+    return a, b
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """LoRA in the upper layers and biases from the middle up."""
+    layers = layer_list(classifier)
+    a, b = strata(adapter, len(layers))
+    names = [n for n in linear_names(classifier.model, classifier.anatomy) if _in_attention(n)]
+    if not names:
+        raise ModelError("adapter.type spafit: the layers have no attention of linear modules")
+    biases = [p for layer in layers[a:b] for p in layer_biases(layer)]
+    biases += [p for layer in layers[b:] for p in layer_biases(layer, lambda name: not _in_attention(name))]
+    numbers = "|".join(str(number) for number in range(b, len(layers))) or "never"
+    pattern = target_pattern(names, classifier.anatomy.layers, numbers)
+    if b < len(layers):
+        model = add_low_rank(classifier, adapter, pattern=pattern)
+        for parameter in biases:
+            parameter.requires_grad_(True)  # peft has frozen them
+        return model
+    freeze(classifier.model)
+    train_with_head(classifier, adapter, biases)
+    return classifier.model
+
+
+def _in_attention(name: str) -> bool:
+    return any(word in name.lower() for word in ATTENTION_NAMES)

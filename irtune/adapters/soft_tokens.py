@@ -1,0 +1,59 @@
+"""Embeddings that stand among those of the text, in any model with an input embedding.
+
+The model still gets token ids, with placeholders where soft tokens stand: so it finds the last token of a padded text,
+which it could not in embeddings alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from irtune.models import Classifier
+
+
+class SoftTokens(nn.Module):
+    """A classifier whose inputs begin with soft tokens. Subclasses say which."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.base = classifier.model
+        self.start = leading_tokens(classifier.tokenizer)
+        self._soft: torch.Tensor | None = None
+        self.base.get_input_embeddings().register_forward_hook(self._splice)  # type: ignore[operator]
+
+    def _splice(self, _module: nn.Module, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        if self._soft is None:
+            return embedded
+        soft, start = self._soft.to(embedded.dtype), self.start
+        return torch.cat([embedded[:, :start], soft, embedded[:, start + soft.shape[1] :]], dim=1)
+
+    def call(self, soft: torch.Tensor, attends: torch.Tensor, **batch: torch.Tensor) -> Any:
+        """The model's output for a batch whose texts begin with `soft`.
+
+        Args:
+            soft: [rows, P, width], the rows of the batch or 1.
+            attends: [rows, P], 1 where a soft token is seen, 0 where it is padding.
+            batch: input_ids, attention_mask and what else the model takes, [rows, length].
+        """
+        start, count = self.start, soft.shape[1]
+        rows = batch["input_ids"].shape[0]
+
+        def longer(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name == "attention_mask":
+                extra = attends.to(tensor.dtype).expand(rows, -1)
+            else:  # a token of the text itself: never the padding, by which the model finds the end
+                extra = tensor[:, :1].expand(rows, count)
+            return torch.cat([tensor[:, :start], extra, tensor[:, start:]], dim=1)
+
+        self._soft = soft.expand(rows, -1, -1)
+        try:
+            return self.base(**{name: longer(name, tensor) for name, tensor in batch.items()})
+        finally:
+            self._soft = None
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """1 for tokenizers with a classification token, which models read at the first place; else 0."""
+    return int(tokenizer.cls_token_id is not None)

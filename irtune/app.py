@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from irtune import __version__, runtime
-from irtune.checkpoint import writing
+from irtune.checkpoint import find_damage, writing
 from irtune.config import Config
 from irtune.engine import Engine
 from irtune.losses import build_loss
@@ -58,6 +58,7 @@ def _train(plans: Plans, world: World, folder: Path) -> dict[str, Any]:
     try:
         trainer.run()
         results = _results(trainer, trainer.finish(folder), world)
+        trainer.tracker.outcome(plans.config, results)
     finally:
         trainer.tracker.close()
     if world.is_main:
@@ -84,8 +85,7 @@ def _build(plans: Plans, world: World, folder: Path) -> Trainer:
     loss = build_loss(config.optim, [labels.count(c) for c in range(len(plans.corpus.labels))], world.device)
     engine = Engine(plans.model, plans.table, config.optim, plans.settings, park=park, loss=loss)
     progress = Progress(**state["progress"]) if state is not None else Progress()
-    best = plans.checkpoints.pointer("best")
-    if state is not None and (best is None or best.name != f"step_{progress.best_step}" or not best.is_dir()):
+    if state is not None and find_damage(plans.checkpoints.folder / f"step_{progress.best_step}") is not None:
         progress.best = None  # the best weights so far are not in this folder: look for new ones
     trainer = Trainer(
         config,
@@ -98,7 +98,13 @@ def _build(plans: Plans, world: World, folder: Path) -> Trainer:
         pad_token_id=plans.pad_token_id,
         max_steps=plans.max_steps,
         checkpoints=plans.checkpoints,
-        tracker=Tracker(folder, active=world.is_main, start_step=progress.step, max_steps=plans.max_steps),
+        tracker=Tracker(
+            folder,
+            active=world.is_main,
+            start_step=progress.step,
+            max_steps=plans.max_steps,
+            score=plans.config.tuning.score,
+        ),
         device=world.device,
         progress=progress,
         identity=plans.identity,

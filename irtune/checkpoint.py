@@ -3,11 +3,14 @@
 checkpoints/step_N/trainable.safetensors   adapters and head
                    optimizer.safetensors   moments (and masters) of every layer that has them, parked ones too
                    state.json              step, selection, chooser, step counts, metrics so far
+                   manifest.json           size and SHA-256 of each of them
 checkpoints/latest, checkpoints/best       the name of a step folder
 """
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -21,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from irtune.errors import CheckpointError, OutputError
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+MANIFEST = "manifest.json"
+log = logging.getLogger("irtune")
 
 
 class Checkpoints:
@@ -38,6 +43,37 @@ class Checkpoints:
         if not target.startswith("step_") or Path(target).name != target:
             raise CheckpointError(f"{file} names {target!r}, which is no step folder")
         return self.folder / target
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that is not damaged, or None where there is none at all.
+
+        Raises:
+            CheckpointError: when there are checkpoints, and all of them are damaged; names each with the reason.
+        """
+        try:
+            latest = self.pointer("latest")
+        except CheckpointError as error:
+            log.warning("%s", error)
+            latest = None
+        # Later steps than the latest belong to a run that was gone back from.
+        until = int(latest.name[5:]) if latest is not None and latest.name[5:].isdigit() else None
+        found = {int(path.name[5:]): path for path in self.folder.glob("step_*") if path.name[5:].isdigit()}
+        steps = sorted((step for step in found if until is None or step <= until), reverse=True)
+        if latest is not None and until not in found:
+            log.warning("checkpoint %s is missing", latest)
+        damages = []
+        for step in steps:
+            damage = find_damage(found[step])
+            if damage is None:
+                return found[step]
+            log.warning("checkpoint %s is damaged and not used: %s", found[step], damage)
+            damages.append(f"{found[step].name}: {damage}")
+        if damages or latest is not None:
+            raise CheckpointError(
+                f"{self.folder} holds no checkpoint that is whole ({'; '.join(damages) or 'the latest is missing'}); "
+                "remove the folder to start anew"
+            )
+        return None
 
     def save(
         self,
@@ -58,10 +94,13 @@ class Checkpoints:
                 save_file({name: tensor.contiguous() for name, tensor in trainable.items()}, scratch / TRAINABLE)
                 save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, scratch / OPTIMIZER)
                 (scratch / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
+                files = {file.name: _fingerprint(file) for file in sorted(scratch.iterdir())}
+                (scratch / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
                 for file in scratch.iterdir():
                     _flush(file)
                 shutil.rmtree(target, ignore_errors=True)
                 scratch.rename(target)
+                _flush(self.folder)
                 if best:
                     self._point("best", target)
                 self._point("latest", target)
@@ -83,6 +122,34 @@ class Checkpoints:
         kept = {*until[-self.keep_last :], self.pointer("best"), newest}
         for path in number.keys() - kept:
             shutil.rmtree(path)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words, or None: every byte is as it was written."""
+    try:
+        wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in wanted.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    if not {TRAINABLE, OPTIMIZER, STATE} <= set(files):
+        return f"{MANIFEST} is incomplete"
+    for name, (size, digest) in files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _fingerprint(file)["sha256"] != digest:
+            return f"{name} has another checksum than when it was written"
+    return None
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
 @contextlib.contextmanager

@@ -1,21 +1,19 @@
 """Entry points: errors that a user can mend become one message and exit status 2, without a traceback."""
 
+import difflib
+import importlib
 import logging
 import sys
 import traceback
 from collections.abc import Sequence
 
 from irtune import launcher
+from irtune.commands import COMMANDS
 from irtune.config import load_config
 from irtune.errors import ConfigError, IrtuneError
 
 USER_ERROR = 2
 INTERRUPTED = 130
-USAGE = """usage: python -m irtune COMMAND ... (COMMAND --help says more)
-
-  train    fine-tune a model; the same as train.py
-  compare  methods, adapters, corpora and seeds side by side
-"""
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -41,23 +39,30 @@ def train(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Run `python -m irtune COMMAND ...`; returns the exit status."""
     name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
+    if name in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0
     if name == "train":
         return train(rest)
-    if name != "compare":
-        known = name in ("-h", "--help")
-        hint = "" if known else f"error: unknown command {name!r}\n"
-        (sys.stdout if known else sys.stderr).write(hint + USAGE)
-        return 0 if known else USER_ERROR
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        sys.stderr.write(f"error: unknown command {name!r}{hint}\n{_usage()}")
+        return USER_ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("irtune").setLevel(logging.INFO)
+    logging.getLogger("irtune").setLevel(logging.INFO if launcher.variable("RANK", "0") == "0" else logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        from irtune.compare import compare
-
-        return compare(rest)
+        return importlib.import_module(f"irtune.commands.{COMMANDS[name][0]}").main(rest)
     except IrtuneError as error:
         return _user_error(error, show_traceback=False)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _usage() -> str:
+    lines = [f"  {name.ljust(14)}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: python -m irtune COMMAND ... (COMMAND --help says more)", "", *lines, ""])
 
 
 def _user_error(error: IrtuneError, show_traceback: bool) -> int:

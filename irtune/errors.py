@@ -35,6 +35,10 @@ class CheckpointError(IrtuneError):
     """A checkpoint that is damaged or belongs to another run."""
 
 
+class RunError(IrtuneError):
+    """A folder that holds no run, or one that is not finished."""
+
+
 class OutputError(IrtuneError):
     """Results that cannot be written: a full disk, a read-only folder."""
 

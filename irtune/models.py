@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from irtune.config.schema import ModelConfig
@@ -54,19 +60,8 @@ def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
     Raises:
         ModelError: when there is no such model, it has no tokenizer, or no list of layers can be found in it.
     """
-    name = source = str(Path(config.name_or_path).expanduser())
-    if not Path(source).is_dir():
-        if config.name_or_path.startswith(("~", "/", ".")):
-            raise ModelError(
-                f"model.name_or_path: there is no folder {config.name_or_path!r}; accepted: a folder with config.json, "
-                "or a hub id (launch/quickstart.sh makes the folder of the small model)"
-            )
-        source = _cached_folder(name) or name
-    tokenizer = _load(AutoTokenizer, source, "tokenizer", trust_remote_code=config.trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise ModelError(f"{source}: the tokenizer has no padding, end or unknown token to pad with")
+    name, source = str(Path(config.name_or_path).expanduser()), _source(config)
+    tokenizer = load_tokenizer(config)
     settings = _load(
         AutoConfig,
         source,
@@ -101,6 +96,43 @@ def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name
     return Classifier(model, tokenizer, _checked_anatomy(source, model, info))
+
+
+def load_settings(config: ModelConfig) -> PretrainedConfig:
+    """The model's config.json, without its weights.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    return _load(AutoConfig, _source(config), "configuration", trust_remote_code=config.trust_remote_code)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ModelError: when there is none, or it has no token to pad with.
+    """
+    source = _source(config)
+    tokenizer = _load(AutoTokenizer, source, "tokenizer", trust_remote_code=config.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{source}: the tokenizer has no padding, end or unknown token to pad with")
+    return tokenizer
+
+
+def _source(config: ModelConfig) -> str:
+    """Where the model is: a folder, the folder of a hub model in the local cache, or a hub id."""
+    source = str(Path(config.name_or_path).expanduser())
+    if Path(source).is_dir():
+        return source
+    if config.name_or_path.startswith(("~", "/", ".")):
+        raise ModelError(
+            f"model.name_or_path: there is no folder {config.name_or_path!r}; accepted: a folder with config.json, "
+            "or a hub id (launch/quickstart.sh makes the folder of the small model)"
+        )
+    return _cached_folder(source) or source
 
 
 def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:

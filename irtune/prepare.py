@@ -9,7 +9,8 @@ from torch import nn
 
 from irtune import runtime
 from irtune.adapters import LayerTable, add_adapters, remember_origins
-from irtune.checkpoint import TRAINABLE, Checkpoints, load_into, read_state, read_tensors
+from irtune.adapters.label_texts import longest_label
+from irtune.checkpoint import TRAINABLE, Checkpoints, find_damage, load_into, read_state, read_tensors
 from irtune.config import Config, write_config
 from irtune.config.engine_json import read_engine_json
 from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
@@ -80,7 +81,9 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
         encoded = {split: [encoder.encode(e) for e in examples] for split, examples in corpus.splits.items()}
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
-        plan = BatchPlan(lengths, config.optim.micro_batch_size, micro_batches, config.run.seed)
+        plan = BatchPlan(
+            lengths, config.optim.micro_batch_size, micro_batches, config.run.seed, config.data.length_bucket
+        )
         max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
         score = config.tuning.score
         projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None
@@ -100,7 +103,9 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
             # Layers that never trained are not in a checkpoint of pretrained weights.
             untrained = {name for layer in table.layers for name, _ in layer} if table.pretrained else set()
             load_into(table.all(), read_tensors(resumed, TRAINABLE), resumed, untrained)
-        trained = state is not None and state["progress"]["step"] >= max_steps
+        trained = state is not None and (
+            state["progress"]["step"] >= max_steps or state["progress"].get("stopped", False)
+        )
         finished = trained and (folder / "results.json").is_file()
         if world.is_main and not finished:
             _open_folder(folder, config)
@@ -154,20 +159,25 @@ def _identity(config: Config, corpus: Corpus, plan: BatchPlan, max_steps: int) -
 
 def _check_length(config: Config, classifier: Classifier) -> None:
     limit = longest_input(classifier)
-    if limit is not None and config.data.max_length > limit:
+    if limit is None:
+        return
+    more = config.adapter.num_tokens if config.adapter.type == "prompt" else 0
+    if config.adapter.type == "ltuning-prompt":
+        more = longest_label(classifier)
+    if config.data.max_length + more > limit:
+        behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
         raise ConfigError(
-            f"data.max_length is {config.data.max_length}, but {config.model.name_or_path} has positions for {limit} "
-            f"tokens; accepted: at most {limit}"
+            f"data.max_length is {config.data.max_length}{behind}, but {config.model.name_or_path} has positions for "
+            f"{limit} tokens; accepted: at most {limit - more}"
         )
 
 
 def _find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
     """The checkpoint to go on from, as `run.resume` says."""
-    latest = checkpoints.pointer("latest")
     if config.run.resume == "auto":
-        return latest
+        return checkpoints.newest_whole()
     if config.run.resume == "never":
-        if latest is not None:
+        if checkpoints.pointer("latest") is not None:
             raise ConfigError(
                 f"run.output_dir {config.run.output_dir!r} holds a run already and run.resume is never; choose another "
                 "folder, or set run.resume to auto"
@@ -176,6 +186,9 @@ def _find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
     path = Path(config.run.resume).expanduser()
     if not path.is_dir():
         raise ConfigError(f"run.resume is {config.run.resume!r}; accepted: auto, never, or a checkpoint folder")
+    damage = find_damage(path)
+    if damage is not None:
+        raise CheckpointError(f"run.resume: {path} is damaged: {damage}")
     return path
 
 

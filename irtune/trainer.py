@@ -31,6 +31,7 @@ class Progress:
     """What a run remembers between checkpoints, in plain JSON types.
 
     step: optimizer steps done. best: value of the best dev metric so far, at best_step.
+    worse_in_a_row: evaluations since the best one. stopped: whether run.patience ended training.
     losses: mean losses of the steps since the last log line. seconds: wall time of training, earlier sessions included.
     """
 
@@ -39,6 +40,8 @@ class Progress:
     best_step: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    worse_in_a_row: int = 0
+    stopped: bool = False
     state_bytes: list[int] = field(default_factory=list)
     trained_steps: list[int] = field(default_factory=list)
 
@@ -86,7 +89,7 @@ class Trainer:
             self._first_selection()
         elif self.progress.best is None:  # resumed at a step whose best weights are elsewhere
             self._evaluate_and_save()
-        while self.progress.step < self.max_steps:
+        while self.progress.step < self.max_steps and not self.progress.stopped:
             self._train_step()
             step = self.progress.step
             self.progress.seconds = before + time.perf_counter() - started
@@ -98,6 +101,16 @@ class Trainer:
                 self._evaluate_and_save()
             elif self.config.run.save_every and step % self.config.run.save_every == 0:
                 self._save(best=False)
+        if self.progress.stopped:
+            self._stopped_early()
+
+    def _stopped_early(self) -> None:
+        if self.progress.losses:
+            self._log()
+        self.tracker.say(
+            f"stopped at step {self.progress.step}: {self.config.run.patience} evaluations without a better "
+            f"{self.config.run.best_metric} than that of step {self.progress.best_step}"
+        )
 
     def _selects_after(self, step: int) -> bool:
         """Whether layers are chosen after `step`; not after the last, when nothing would train them."""
@@ -241,7 +254,7 @@ class Trainer:
         self.progress.losses = []
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        step = self.progress.step
+        step, norm, limit = self.progress.step, self.engine.grad_norm(), self.config.optim.max_grad_norm
         self.tracker.train(
             {
                 "step": step,
@@ -253,7 +266,8 @@ class Trainer:
                     max_steps=self.max_steps,
                     schedule=self.config.optim.schedule,
                 ),
-                "grad_norm": self.engine.grad_norm(),
+                "grad_norm": norm,
+                "clipped": int(0 < limit < norm),
                 "layers_selected": len(self.engine.selected),
                 "tokens_per_second": self._tokens / seconds,
                 "examples_per_second": self._examples / seconds,
@@ -291,15 +305,21 @@ class Trainer:
         predictions = self.predict("dev")
         values = metrics(predictions, self.corpus.labels)
         self._last = (self.progress.step, predictions)
-        self.tracker.evaluation(self.progress.step, "dev", values)
+        self.tracker.evaluation(self.progress.step, "dev", values, predictions.labels, predictions.probabilities)
         value = values[self.config.run.best_metric] * (-1 if self.config.run.best_metric == "loss" else 1)
         best = self.progress.best is None or value > self.progress.best
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step
+        self.progress.worse_in_a_row = 0 if best else self.progress.worse_in_a_row + 1
+        patience = self.config.run.patience
+        self.progress.stopped = bool(patience) and self.progress.worse_in_a_row >= patience
         every = self.config.run.save_every
-        if best or not every or self.progress.step % every == 0 or self.progress.step == self.max_steps:
+        if best or not every or self.progress.step % every == 0 or self._is_over():
             self._save(best=best)
         self._mark = time.perf_counter()  # speed is that of training
+
+    def _is_over(self) -> bool:
+        return self.progress.stopped or self.progress.step == self.max_steps
 
     def _save(self, *, best: bool) -> None:
         """Write a checkpoint. Collective."""
@@ -342,7 +362,8 @@ class Trainer:
             predictions["test"] = self.predict("test")
         results = {split: metrics(values, self.corpus.labels) for split, values in predictions.items()}
         if "test" in results:
-            self.tracker.evaluation(self.progress.best_step, "test", results["test"])
+            seen = predictions["test"]
+            self.tracker.evaluation(self.progress.best_step, "test", results["test"], seen.labels, seen.probabilities)
         with runtime.shared_errors(), writing(folder):
             for split, values in predictions.items() if runtime.rank() == 0 else ():
                 name = "predictions.jsonl" if split == "dev" else f"predictions_{split}.jsonl"

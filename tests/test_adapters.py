@@ -153,7 +153,9 @@ def test_peft_reproduces_the_logits(llama, tmp_path, name):
         load_adapter(base, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "bitfit", "none", "prefix", "ltuning-prefix", "spafit"])
+@pytest.mark.parametrize(
+    "name", ["dora", "pissa", "bottleneck", "bitfit", "none", "prefix", "ltuning-prefix", "spafit"]
+)
 def test_every_type_in_layers_can_be_suppressed_and_comes_back(llama, name):
     model, table, _, batch, _ = build(llama, name)
     remember_origins(table)

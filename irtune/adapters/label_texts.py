@@ -25,8 +25,7 @@ class LabelStates:
 def label_states(classifier: Classifier) -> LabelStates:
     """Last hidden states of the labels' texts under the pretrained model."""
     model: Any = classifier.model
-    texts = [str(name).replace("-", " ").replace("_", " ") for name in model.config.id2label.values()]
-    ids = [classifier.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = _label_ids(classifier)
     length = max(map(len, ids))
     pad = classifier.tokenizer.pad_token_id
     tokens = torch.tensor([row + [pad] * (length - len(row)) for row in ids], device=model.device)
@@ -38,6 +37,17 @@ def label_states(classifier: Classifier) -> LabelStates:
         states = body(input_ids=tokens, attention_mask=attends).last_hidden_state.float()
     model.train(training)
     return LabelStates(states, attends)
+
+
+def _label_ids(classifier: Classifier) -> list[list[int]]:
+    names: Any = classifier.model.config.id2label.values()  # type: ignore[operator, union-attr]
+    texts = [str(name).replace("-", " ").replace("_", " ") for name in names]
+    return [classifier.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def longest_label(classifier: Classifier) -> int:
+    """Tokens of the longest label."""
+    return max(map(len, _label_ids(classifier)))
 
 
 def per_label(batch: dict[str, torch.Tensor], labels: int) -> dict[str, torch.Tensor]:

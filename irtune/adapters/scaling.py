@@ -1,6 +1,7 @@
 """Turn what some layers have learnt down for a measurement."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from irtune.adapters.table import LayerTable, Named
 
+FACTOR = re.compile(r"(?:^|\.)lora_[AB]\.")  # not DoRA's magnitude, which no scaling turns down
 Gathered = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[None]]
 
 
@@ -28,11 +30,17 @@ def _unscaled(table: LayerTable) -> Named:
         id(parameter)
         for module in table.modules
         for part in module.modules()
-        if isinstance(part, Scaled) or (isinstance(part, BaseTunerLayer) and hasattr(part, "scaling"))
+        if isinstance(part, Scaled) or _starts_at_zero(part)
         for name, parameter in part.named_parameters()
-        if "base_layer" not in name
+        if isinstance(part, Scaled) or FACTOR.search(name)
     }
     return [(name, parameter) for layer in table.layers for name, parameter in layer if id(parameter) not in scaled]
+
+
+def _starts_at_zero(part: nn.Module) -> bool:
+    """Whether `part` is a layer of peft whose update is zero at first: PiSSA's holds a part of the weight itself."""
+    scales = isinstance(part, BaseTunerLayer) and isinstance(getattr(part, "scaling", None), dict)
+    return scales and not getattr(part, "holds_weight", False)
 
 
 @contextlib.contextmanager
@@ -82,7 +90,7 @@ def _scale(table: LayerTable, layers: Sequence[int], factor: float) -> None:
             if isinstance(module, Scaled):
                 module.full_scaling = module.scaling  # type: ignore[assignment]
                 module.scaling = module.scaling * factor
-            elif isinstance(module, BaseTunerLayer) and isinstance(scaling, dict):
+            elif _starts_at_zero(module) and isinstance(scaling, dict):
                 module.full_scaling = dict(scaling)  # type: ignore[assignment]
                 scaling.update({name: value * factor for name, value in scaling.items()})
 

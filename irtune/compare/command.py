@@ -31,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
         description="Train every method on every corpus with every seed, and compare. Options of the trainer "
         "(--config FILE, --optim.lr 1e-4, ...) hold for all runs. Stop it and start it again as you like: finished "
         "runs are kept. Writes compare.md, compare.csv and compare.png.",
+        epilog="example: python -m irtune compare --config launch/recipes/iterater-smollm2.yaml --methods full,rst,ir "
+        "--seeds 3 --budget 6 --data iterater-human=corpus/",
     )
     built.add_argument("--methods", required=True, help="for example full,rst,ist,lisa,ir,ir+preset=reference")
     built.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ... (default 3)")

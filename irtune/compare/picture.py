@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot as plt
@@ -14,9 +14,11 @@ from matplotlib.axes import Axes
 from irtune.compare.launch import Outcome
 from irtune.compare.report import LINEAR, Row
 
+WINDOW = 5
+
 
 def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path) -> None:
-    """One line of panels per corpus: loss curves on the left (one per seed), macro-F1 with its spread on the right."""
+    """One line of panels per corpus: loss curves on the left, macro-F1 with its spread over seeds on the right."""
     corpora = list(dict.fromkeys(row["data"] for row in rows))
     figure, panels = plt.subplots(len(corpora), 2, figsize=(12, 4 * len(corpora)), squeeze=False)
     for data, (left, right) in zip(corpora, panels):
@@ -26,7 +28,7 @@ def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path) -> None:
         _losses(left, [o for o in outcomes if o.cell.data == data], rows, colours)
         left.set_title(f"{data}: training loss")
         _bars(right, here, rows, colours)
-        right.set_title(f"{data}: dev macro-F1 (mean and standard deviation over seeds)")
+        right.set_title(f"{data}: dev macro-F1")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -38,26 +40,31 @@ def _name(adapter: str, method: str, rows: Sequence[Row]) -> str:
 
 
 def _losses(axes: Axes, outcomes: Sequence[Outcome], rows: Sequence[Row], colours: dict) -> None:
-    labelled = set()
-    for outcome in outcomes:
-        if outcome.results is None:
+    """One line per method: mean over seeds, then a running mean, since batches of short and long texts differ a lot."""
+    for name, colour in colours.items():
+        runs = [
+            _logged(outcome)
+            for outcome in outcomes
+            if outcome.results is not None and _name(outcome.cell.adapter, outcome.cell.variant, rows) == name
+        ]
+        if not runs:
             continue
-        lines = (outcome.cell.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-        name = _name(outcome.cell.adapter, outcome.cell.variant, rows)
-        axes.plot(
-            list(accumulate(record["seconds"] for record in records)),
-            [record["loss"] for record in records],
-            color=colours[name],
-            linewidth=1,
-            alpha=0.8,
-            label=None if name in labelled else name,
-        )
-        labelled.add(name)
-    axes.set_xlabel("training time (seconds)")
-    axes.set_ylabel("loss")
-    if labelled:
+        length = min(len(run) for run in runs)
+        seconds, losses = np.mean([run[:length] for run in runs], axis=0).T
+        width = min(WINDOW, length)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(seconds[width - 1 :], smooth, color=colour, linewidth=1.5, label=name)
+    axes.set_xlabel("training time (seconds, mean over seeds)")
+    axes.set_ylabel(f"loss (running mean of {WINDOW} log lines)")
+    if axes.lines:
         axes.legend(fontsize="small")
+
+
+def _logged(outcome: Outcome) -> np.ndarray:
+    """Seconds since the start and loss of each log line, float64 [lines, 2]."""
+    lines = (outcome.cell.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    return np.column_stack([np.cumsum([r["seconds"] for r in records]), [r["loss"] for r in records]])
 
 
 def _bars(axes: Axes, here: Sequence[Row], rows: Sequence[Row], colours: dict) -> None:
@@ -73,5 +80,5 @@ def _bars(axes: Axes, here: Sequence[Row], rows: Sequence[Row], colours: dict) -
     linear = [row["dev_macro_f1"] for row in here if row["method"] == LINEAR]
     if linear:
         axes.axvline(linear[0], color="black", linestyle="--", linewidth=1, label=LINEAR)
-        axes.legend(fontsize="small")
-    axes.set_xlabel("macro-F1")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False)
+    axes.set_xlabel("macro-F1 (mean and standard deviation over seeds)")

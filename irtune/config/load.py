@@ -177,6 +177,7 @@ def _accepted(key: str) -> str:
     declared = SECTIONS[section].__dataclass_fields__[field].type if section else str
     text = getattr(declared, "__name__", None) if isinstance(declared, type) else str(declared)
     text = (text or str(declared)).replace("typing.Literal", "one of ").replace("NoneType", "null")
+    text = text.removeprefix("typing.Union[").replace("], one of", "] or one of")
     return "takes " + text.replace("None", "null")
 
 

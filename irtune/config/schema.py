@@ -81,10 +81,22 @@ class DataConfig:
     """Column with the label."""
     id: str = "id"
     """Column with an example's id. Where it is missing, an example is called SPLIT:ROW."""
+    group: str | None = None
+    """Column with an example's document, which is kept on one side when a dev split is made."""
+    dev_fraction: float | None = None
+    """Share of the training split that becomes the dev split of a corpus without one. null: such a corpus is an
+    error."""
+    fold: str | None = None
+    """K/N, for example 2/5: train and dev split are joined and cut into N folds, of which the K-th is the dev split."""
+    split_seed: int = 0
+    """Seed of dev_fraction and fold, apart from run.seed, so that runs with other seeds see the same splits."""
     labels: list[str] | dict[str, str] | None = None
     """Labels in order of their numbers, or a map from raw label to label; null: those of the training split, sorted."""
     drop_labels: list[str] = field(default_factory=list)
     """Rows with one of these raw labels are left out."""
+    length_bucket: int = 50
+    """Global batches whose examples are sorted by length together: less padding. Where labels go with length (an empty
+    text), batches then lean to a label; 1 makes every global batch a random one."""
     max_length: int = 256
     """Longest input in tokens. The longer of the two texts is shortened first; the template is never cut."""
     prompt: Literal["plain", "instruction", "tagged"] = "tagged"
@@ -186,6 +198,8 @@ class RunConfig:
     """Optimizer steps between evaluations on the dev split; 0: once per epoch."""
     save_every: int = 0
     """Optimizer steps between checkpoints; 0: after each evaluation."""
+    patience: int = 0
+    """Evaluations in a row without a better best_metric before training stops early; 0: it never does."""
     keep_last: int = 2
     """Checkpoints that are kept besides the best one."""
     best_metric: Literal["macro_f1", "accuracy", "auprc", "loss"] = "macro_f1"

@@ -26,6 +26,7 @@ def _check_numbers(config: Config) -> list[str]:
         ("adapter.r", adapter.r, adapter.r >= 1, "a whole number of at least 1"),
         ("adapter.alpha", adapter.alpha, 0 < adapter.alpha < math.inf, "a number above 0"),
         ("adapter.dropout", adapter.dropout, 0 <= adapter.dropout < 1, "a number from 0 to below 1"),
+        ("data.length_bucket", data.length_bucket, data.length_bucket >= 1, "a whole number of at least 1"),
         ("data.max_length", data.max_length, data.max_length >= 16, "a whole number of at least 16"),
         ("tuning.num_splits", tuning.num_splits, 1 <= tuning.num_splits <= MAX_SPLITS, f"1 to {MAX_SPLITS}"),
         ("tuning.interval", tuning.interval, tuning.interval >= 1, "a whole number of at least 1"),
@@ -60,6 +61,7 @@ def _check_numbers(config: Config) -> list[str]:
         ("run.log_every", run.log_every, run.log_every >= 1, "at least 1"),
         ("run.eval_every", run.eval_every, run.eval_every >= 0, "at least 0"),
         ("run.save_every", run.save_every, run.save_every >= 0, "at least 0"),
+        ("run.patience", run.patience, run.patience >= 0, "a whole number of at least 0"),
         ("run.keep_last", run.keep_last, run.keep_last >= 1, "at least 1"),
         ("run.timeout_seconds", run.timeout_seconds, run.timeout_seconds >= 1, "at least 1"),
     ]
@@ -100,6 +102,20 @@ def _check_data(config: Config) -> list[str]:
     problems = []
     if data.path is None and data.train is None:
         problems.append("no corpus: set data.path (file, folder or hub id) or data.train")
+    if data.dev_fraction is not None and not 0 < data.dev_fraction <= 0.5:
+        problems.append(f"data.dev_fraction is {data.dev_fraction!r}; accepted: a number above 0, at most 0.5")
+    if data.fold is not None:
+        k, slash, n = data.fold.partition("/")
+        if not (slash and k.isdigit() and n.isdigit() and int(n) >= 2 and 1 <= int(k) <= int(n)):
+            problems.append(f"data.fold is {data.fold!r}; accepted: K/N with 1 <= K <= N and N at least 2, such as 2/5")
+    if isinstance(data.labels, dict):
+        strange = [name for pair in data.labels.items() for name in pair if not isinstance(name, str)]
+        if strange:
+            problems.append(
+                f"data.labels: {strange[0]!r} is no text (YAML reads yes, no, on and off as truth values); put labels "
+                "in quotes"
+            )
+            return problems
     names = list(data.labels.values()) if isinstance(data.labels, dict) else data.labels
     if isinstance(data.labels, list) and len(set(data.labels)) != len(data.labels):
         problems.append(f"data.labels names a label twice: {data.labels}")

@@ -1,7 +1,20 @@
 """Corpora, prompts and batches."""
 
 from irtune.data.batches import BatchPlan, collate, evaluation_batches
-from irtune.data.corpus import Corpus, Example, read_corpus
+from irtune.data.corpus import Corpus, Example, read_corpus, read_split
 from irtune.data.prompts import Encoder
+from irtune.data.tables import NumberedRows, parse_json_lines, read_table
 
-__all__ = ["BatchPlan", "Corpus", "Encoder", "Example", "collate", "evaluation_batches", "read_corpus"]
+__all__ = [
+    "BatchPlan",
+    "Corpus",
+    "Encoder",
+    "Example",
+    "NumberedRows",
+    "collate",
+    "evaluation_batches",
+    "parse_json_lines",
+    "read_corpus",
+    "read_split",
+    "read_table",
+]

@@ -11,20 +11,20 @@ import torch
 
 from irtune.errors import ConfigError
 
-# Batches sorted by length together: more of them means less padding, and less randomness in who meets whom.
-BUCKET = 50
-
 
 class BatchPlan:
     """Order of the training examples, one epoch after the other."""
 
-    def __init__(self, lengths: Sequence[int], micro_batch_size: int, micro_batches: int, seed: int):
+    def __init__(self, lengths: Sequence[int], micro_batch_size: int, micro_batches: int, seed: int, bucket: int = 50):
         """Plan steps of `micro_batches` micro-batches (M = ranks x accumulation) of `micro_batch_size` examples.
+
+        `bucket` global batches are sorted by length together: more of them means less padding, and less randomness in
+        who meets whom. 1: a global batch is a random one, sorted into its micro-batches.
 
         Raises:
             ConfigError: when a global batch is larger than the corpus.
         """
-        self.lengths, self.seed = lengths, seed
+        self.lengths, self.seed, self.bucket = lengths, seed, bucket
         self.micro_batch_size, self.micro_batches = micro_batch_size, micro_batches
         global_batch = micro_batch_size * micro_batches
         if global_batch > len(lengths):
@@ -53,8 +53,8 @@ class BatchPlan:
         size, per_step = self.micro_batch_size, self.micro_batches
         order = order[: self.steps_per_epoch * size * per_step]
         batches = []
-        for start in range(0, len(order), BUCKET * size * per_step):
-            bucket = sorted(order[start : start + BUCKET * size * per_step], key=lambda i: (self.lengths[i], i))
+        for start in range(0, len(order), self.bucket * size * per_step):
+            bucket = sorted(order[start : start + self.bucket * size * per_step], key=lambda i: (self.lengths[i], i))
             batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
         steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
         rng.shuffle(steps)

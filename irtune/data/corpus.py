@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from irtune.config.schema import DataConfig
+from irtune.data.folds import fold_of
 from irtune.data.tables import SUFFIXES, NumberedRows, Row, read_table
 from irtune.errors import DataError
 
@@ -14,12 +15,13 @@ SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "te
 
 @dataclass(frozen=True)
 class Example:
-    """One revision: a text before, a text after (None for single texts), and the number of its label."""
+    """One revision: a text before, a text after (None for single texts), the number of its label, its document."""
 
     id: str
     before: str
     after: str | None
     label: int
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,12 @@ def read_corpus(data: DataConfig) -> Corpus:
             training split, and cells that are not text. Names the file, row, column and value.
     """
     tables = {split: _kept(rows, where, data) for split, (where, rows) in _find_splits(data).items()}
+    if data.fold is not None or "dev" not in tables:
+        tables |= _held_out(tables, data)
     splits, raw = {}, {}
     for split, (where, rows) in tables.items():
         raw[split] = [label for _, label in _labels(rows, where, data)]
-        splits[split] = [
-            Example(
-                id=str(row[data.id]) if data.id in row else f"{split}:{number}",
-                before=_text(row, data.before, where, number),
-                after=None if data.after is None else _text(row, data.after, where, number),
-                label=-1,  # numbered once all splits are known
-            )
-            for number, row in rows
-        ]
-        _check_ids(splits[split], where, data.id)
+        splits[split] = _examples(rows, split, where, data)
     labels = _label_names(raw, {split: where for split, (where, _) in tables.items()}, data)
     index = {label: position for position, label in enumerate(labels)}
     return Corpus(
@@ -60,6 +55,71 @@ def read_corpus(data: DataConfig) -> Corpus:
         },
         labels,
     )
+
+
+def _held_out(tables: dict[str, tuple[str, NumberedRows]], data: DataConfig) -> dict[str, tuple[str, NumberedRows]]:
+    """Train and dev split by `data.fold` or `data.dev_fraction`: no document stands in both."""
+    joined = [(split, number, row) for split in ("train", "dev") for number, row in tables.get(split, ("", []))[1]]
+    where = tables["train"][0]
+    if data.fold is not None:
+        held_out, folds = (int(part) for part in data.fold.split("/"))
+    else:
+        held_out, folds = 1, max(2, round(1 / (data.dev_fraction or 0.1)))
+    groups = [str(row[data.group]) if data.group else f"{split}:{number}" for split, number, row in joined]
+    if folds > len(set(groups)):
+        what = "documents" if data.group else "examples"
+        raise DataError(f"{where}: {folds} folds need at least as many {what}, not {len(set(groups))}")
+    place = fold_of([str(row[data.label]) for _, _, row in joined], groups, folds, data.split_seed)
+    # Numbers go on after those of the training file, so that ids made of them stay different.
+    last = max(number for _, number, _ in joined)
+    rows = [(number if split == "train" else last + number, row) for split, number, row in joined]
+    dev = [row for row, fold in zip(rows, place) if fold == held_out - 1]
+    if not dev:
+        raise DataError(f"{where}: too few examples of each label for {folds} folds; use fewer, or a larger corpus")
+    return {"train": (where, [row for row, fold in zip(rows, place) if fold != held_out - 1]), "dev": (where, dev)}
+
+
+def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]:
+    """Examples of one split of `data.path` (a file is that split), numbered by a run's `labels`.
+
+    Raises:
+        DataError: as `read_corpus`, and for labels that the run does not know.
+    """
+    path = Path(data.path or "").expanduser()
+    if path.is_file() or path.suffix.lower() in SUFFIXES:
+        found = {split: (str(path), read_table(path))}
+    elif path.is_dir():
+        found = {name: (str(file), read_table(file)) for name, file in _files_of(path).items() if name == split}
+    else:
+        found = _from_hub(str(data.path), data.label)
+    if split not in found:
+        raise DataError(f"{data.path}: no {split} split; expected a file such as {SPLITS[split][0]}.jsonl")
+    where, rows = _kept(found[split][1], found[split][0], data)
+    names = [name for _, name in _labels(rows, where, data)]
+    strange = sorted(set(names) - set(labels))
+    if strange:
+        raise DataError(
+            f"{where}: label {strange[0]!r} stands {names.count(strange[0])} times, but the run knows only "
+            f"{', '.join(labels)}; drop it with data.drop_labels or map it with data.labels"
+        )
+    examples = _examples(rows, split, where, data)
+    return [replace(example, label=labels.index(name)) for example, name in zip(examples, names)]
+
+
+def _examples(rows: NumberedRows, split: str, where: str, data: DataConfig) -> list[Example]:
+    """Examples whose labels (-1) are numbered once all splits are known."""
+    examples = [
+        Example(
+            id=str(row[data.id]) if data.id in row else f"{split}:{number}",
+            before=_text(row, data.before, where, number),
+            after=None if data.after is None else _text(row, data.after, where, number),
+            label=-1,
+            group=str(row[data.group]) if data.group is not None else None,
+        )
+        for number, row in rows
+    ]
+    _check_ids(examples, where, data.id)
+    return examples
 
 
 def _find_splits(data: DataConfig) -> dict[str, tuple[str, NumberedRows]]:
@@ -82,11 +142,13 @@ def _find_splits(data: DataConfig) -> dict[str, tuple[str, NumberedRows]]:
             found = _from_hub(data.path, data.label) | found
         else:
             raise DataError(f"there is no file or folder {data.path!r}")
-    for split in ("train", "dev"):
+    made = data.dev_fraction is not None or data.fold is not None
+    for split in ("train",) if made else ("train", "dev"):
         if split not in found:
             names = ", ".join(f"{stem}{suffix}" for stem in SPLITS[split] for suffix in SUFFIXES[:1])
+            more = ", or data.dev_fraction to make one of training examples" if split == "dev" else ""
             raise DataError(f"{data.path or data.train}: no {split} split; expected a file such as {names}, or set "
-                            f"data.{split}")  # fmt: skip
+                            f"data.{split}{more}")  # fmt: skip
     return found
 
 
@@ -128,15 +190,17 @@ def _from_hub(name: str, label: str) -> dict[str, tuple[str, NumberedRows]]:
 def _kept(rows: NumberedRows, where: str, data: DataConfig) -> tuple[str, NumberedRows]:
     """Check the columns and leave out rows whose raw label is dropped; rows keep their number."""
     first = rows[0][1]
-    for column in (data.before, data.after, data.label):
+    for column in (data.before, data.after, data.label, data.group):
         if column is None or column in first:
             continue
         known = [str(name) for name in first]
         near = difflib.get_close_matches(column, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise DataError(f"{where}: no column {column!r}{hint} Columns: {', '.join(known[:20])}")
     for number, row in rows:
-        lacking = [column for column in (data.before, data.after, data.label) if column and column not in row]
+        lacking = [
+            column for column in (data.before, data.after, data.label, data.group) if column and column not in row
+        ]
         if lacking:
             raise DataError(f"{where}, row {number}: no column {lacking[0]!r}, which other rows have")
     kept = [(number, row) for number, row in rows if str(row[data.label]) not in data.drop_labels]

@@ -67,6 +67,11 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    def length(self, example: Example) -> int:
+        """Tokens of one example before anything is shortened."""
+        fixed = len(self.head) + len(self.middle) + len(self.tail)
+        return fixed + len(self._ids(example.before)) + len(self._ids(example.after or ""))
+
     def encode(self, example: Example) -> dict[str, list[int]]:
         """Token ids of one example (and token types 0/1 where the tokenizer has them).
 

@@ -42,8 +42,17 @@ def read_table(path: Path) -> NumberedRows:
 
 
 def _jsonl(path: Path) -> NumberedRows:
+    return parse_json_lines(path.read_text(encoding="utf-8-sig"), str(path))
+
+
+def parse_json_lines(text: str, path: str) -> NumberedRows:
+    """Rows of JSON lines from `path`, which is named in errors.
+
+    Raises:
+        DataError: for a line that is no JSON object.
+    """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

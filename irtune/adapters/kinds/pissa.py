@@ -3,6 +3,7 @@
 The base keeps the rest of the weight. peft computes the same decomposition again when it loads the adapter.
 """
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from irtune.adapters.low_rank import add_low_rank
@@ -19,4 +20,8 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     """
     if getattr(classifier.model, "is_quantized", False):
         raise ConfigError("adapter.type pissa decomposes the base's weights; it needs model.quantization none")
-    return add_low_rank(classifier, adapter, init_lora_weights="pissa")
+    model = add_low_rank(classifier, adapter, init_lora_weights="pissa")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.holds_weight = True  # type: ignore[assignment]  # to turn its scaling down would take a part of the pretrained weight away
+    return model

@@ -1,0 +1,18 @@
+"""The commands of `python -m irtune`, one module each, with a function `main(arguments) -> exit status`.
+
+Modules are imported when their command is called: what one of them needs does not slow the others down.
+"""
+
+# Command -> module below this package, and what it does in a line.
+COMMANDS = {
+    "train": ("", "fine-tune a model; the same as train.py"),
+    "predict": ("predict", "label texts with a finished run"),
+    "evaluate": ("evaluate", "metrics, intervals, calibration and worst mistakes of a run on a corpus"),
+    "export": ("export", "the adapter with a model card, or the merged model"),
+    "inspect": ("inspect", "which layers a run trained, with what scores and state"),
+    "plan": ("plan", "memory and communication of a configuration, per ZeRO stage, before it runs"),
+    "validate": ("validate", "every error of a configuration, and examples as the model will see them"),
+    "data": ("data", "`data stats`: rows, labels, lengths, duplicates and leakage of a corpus"),
+    "compare": ("compare", "methods, adapters, corpora and seeds side by side"),
+    "crossvalidate": ("crossvalidate", "stratified k-fold training on a small corpus"),
+}

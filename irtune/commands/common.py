@@ -1,0 +1,77 @@
+"""What several commands share: their parsers, where they compute, and how they print."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from irtune import runtime
+from irtune.runtime import World
+
+TIMEOUT_SECONDS = 1800
+
+
+def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose --help ends with an example."""
+    return argparse.ArgumentParser(
+        prog=f"python -m irtune {name}", allow_abbrev=False, description=description, epilog=f"example: {example}"
+    )
+
+
+def add_run(options: argparse.ArgumentParser) -> None:
+    """The options of every command that loads a run."""
+    options.add_argument("--run", required=True, type=_folder, help="folder of a finished run (its run.output_dir)")
+    options.add_argument("--batch_size", type=_positive, default=16, help="examples per forward pass (default 16)")
+
+
+def add_json(options: argparse.ArgumentParser) -> None:
+    """--json, for scripts."""
+    options.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[World]:
+    """Join the process group, of one process or of all that a launcher started, and leave it."""
+    world = runtime.read_world()
+    runtime.start(world, TIMEOUT_SECONDS)
+    try:
+        yield world
+    finally:
+        runtime.stop()
+
+
+def show(text: str) -> None:
+    """One line on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def show_json(value: Any) -> None:
+    """`value` as indented JSON on standard output."""
+    show(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns side by side: the first to the left, the others, which are numbers, to the right."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), *(line(row) for row in rows)])

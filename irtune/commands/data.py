@@ -1,0 +1,109 @@
+"""`python -m irtune data stats`: what a corpus holds, and what is wrong with it."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from irtune.commands.common import show, show_json, table
+from irtune.config import load_config
+from irtune.data import Corpus, Encoder, Example, read_corpus
+from irtune.errors import ConfigError
+from irtune.models import load_tokenizer
+
+HELP = """usage: python -m irtune data stats --data PATH [--section.key value ...] [--tokens] [--json]
+
+Rows, labels, lengths, duplicates and leakage between splits of a corpus. --tokens counts the model's tokens
+and what data.max_length would shorten. Columns and presets are set as for training (--data.preset, --data.before, ...).
+
+example: python -m irtune data stats --data corpus/ --data.preset iterater-human
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print statistics."""
+    if "-h" in arguments or "--help" in arguments:
+        show(HELP)
+        return 0
+    if not arguments or arguments[0] != "stats":
+        raise ConfigError(f"data {' '.join(arguments[:1])}: accepted: data stats --data PATH")
+    rest = ["--data.path" if argument == "--data" else argument for argument in arguments[1:]]
+    flags = [argument for argument in rest if argument in ("--json", "--tokens")]
+    config = load_config([argument for argument in rest if argument not in flags])
+    corpus = read_corpus(config.data)
+    found = statistics(corpus)
+    if "--tokens" in flags:
+        encoder = Encoder(load_tokenizer(config.model), config.data, corpus.labels)
+        for split, examples in corpus.splits.items():
+            lengths = [encoder.length(example) for example in examples]
+            over = sum(length > config.data.max_length for length in lengths)
+            found["splits"][split]["tokens"] = _quantiles(lengths) | {"shortened": over}
+    show_json(found) if "--json" in flags else show(_text(found, corpus.labels))
+    return 0
+
+
+def statistics(corpus: Corpus) -> dict[str, Any]:
+    """Counts of a corpus in plain JSON types; duplicates and leakage by pair of texts and by document."""
+    splits = {split: _split(examples, corpus.labels) for split, examples in corpus.splits.items()}
+    pairs: dict[tuple, set[str]] = defaultdict(set)
+    documents: dict[str, set[str]] = defaultdict(set)
+    for split, examples in corpus.splits.items():
+        for example in examples:
+            pairs[example.before, example.after].add(split)
+            if example.group is not None:
+                documents[example.group].add(split)
+    shared = [places for places in pairs.values() if len(places) > 1]
+    return {
+        "labels": corpus.labels,
+        "splits": splits,
+        "pairs_in_several_splits": len(shared),
+        "documents_in_several_splits": sum(len(places) > 1 for places in documents.values()) if documents else None,
+    }
+
+
+def _split(examples: Sequence[Example], labels: Sequence[str]) -> dict[str, Any]:
+    seen: dict[tuple, list[int]] = defaultdict(list)
+    for example in examples:
+        seen[example.before, example.after].append(example.label)
+    repeated = [numbers for numbers in seen.values() if len(numbers) > 1]
+    counts = Counter(example.label for example in examples)
+    return {
+        "rows": len(examples),
+        "labels": {name: counts[number] for number, name in enumerate(labels)},
+        "characters_before": _quantiles([len(example.before) for example in examples]),
+        "characters_after": _quantiles([len(example.after or "") for example in examples]),
+        "empty_before": sum(not example.before for example in examples),
+        "empty_after": sum(example.after == "" for example in examples),
+        "unchanged": sum(example.before == example.after for example in examples),
+        "duplicates": sum(len(numbers) - 1 for numbers in repeated),
+        "contradictions": sum(len(set(numbers)) > 1 for numbers in repeated),
+    }
+
+
+def _quantiles(values: Sequence[int]) -> dict[str, float]:
+    median, high = np.quantile(values, [0.5, 0.99])
+    return {"mean": float(np.mean(values)), "median": float(median), "p99": float(high), "longest": int(max(values))}
+
+
+def _text(found: dict[str, Any], labels: Sequence[str]) -> str:
+    splits = found["splits"]
+    header = ["", *splits]
+    rows = [["rows", *(str(values["rows"]) for values in splits.values())]]
+    rows += [[f"  {label}", *(str(v["labels"][label]) for v in splits.values())] for label in labels]
+    for name in ("characters_before", "characters_after", "tokens"):
+        if all(name in values for values in splits.values()):
+            for part in ("median", "p99", "longest"):
+                rows.append([f"{name.replace('_', ' ')}, {part}", *(f"{v[name][part]:.0f}" for v in splits.values())])
+    if all("tokens" in values for values in splits.values()):
+        rows.append(["shortened at max_length", *(str(v["tokens"]["shortened"]) for v in splits.values())])
+    for name in ("empty_before", "empty_after", "unchanged", "duplicates", "contradictions"):
+        rows.append([name.replace("_", " "), *(str(values[name]) for values in splits.values())])
+    documents = found["documents_in_several_splits"]
+    return "\n".join([
+        table(header, rows),
+        "",
+        f"leakage: {found['pairs_in_several_splits']} pairs of texts stand in more than one split; "
+        + ("documents unknown (set data.group to their column)" if documents is None else f"{documents} documents do"),
+        "duplicates: the same pair again; contradictions: the same pair with different labels",
+    ])  # fmt: skip

@@ -1,0 +1,114 @@
+"""`python -m irtune inspect`: which layers a run trained, with what scores and state. Unfinished runs too."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from irtune.checkpoint import writing
+from irtune.commands.common import add_json, parser, show, show_json, table
+from irtune.errors import RunError
+from irtune.pictures import arrays, rgb, row, score_map, trained_map
+
+BAR = 24
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print a table of layers and write layers.png, or print JSON."""
+    options = parser(
+        "inspect",
+        "Layers of a run, finished or not: share of steps in which each trained, its last score, whether it trains. "
+        "Writes layers.png into the run folder.",
+        "python -m irtune inspect --run runs/mine",
+    )
+    options.add_argument("--run", required=True, type=Path, help="folder of a run")
+    add_json(options)
+    given = options.parse_args(list(arguments))
+    folder = given.run.expanduser()
+    found = inspect(folder)
+    if given.json:
+        show_json(found)
+        return 0
+    with writing(folder / "layers.png"):
+        Image.fromarray(picture(read_selections(folder), found["steps"])).save(folder / "layers.png")
+    show(_text(found, folder))
+    return 0
+
+
+def read_selections(folder: Path) -> list[dict[str, Any]]:
+    """The records of selection.jsonl.
+
+    Raises:
+        RunError: when there is none, or no selection in it.
+    """
+    file = folder / "selection.jsonl"
+    if not file.is_file():
+        raise RunError(f"{folder} is no run folder: it has no selection.jsonl; accepted: a run.output_dir of training")
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if not records:
+        raise RunError(f"the run in {folder} has not selected any layers yet")
+    return records
+
+
+def picture(records: Sequence[dict[str, Any]], steps: int) -> np.ndarray:
+    """Scores (where there are any) above trained layers, over steps: uint8 [height, width, 3]."""
+    places, scores, trained = arrays([row(record) for record in records])
+    parts = [score_map(places, scores, steps)] if np.isfinite(scores).any() else []
+    return np.concatenate([rgb(figure) for figure in [*parts, trained_map(places, trained, steps)]])
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Layers, selections and optimizer state of a run, in plain JSON types."""
+    records = read_selections(folder)
+    results_file, metrics_file = folder / "results.json", folder / "metrics.jsonl"
+    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else None
+    lines = metrics_file.read_text(encoding="utf-8").splitlines() if metrics_file.is_file() else []
+    logged = [json.loads(line) for line in lines]
+    steps = results["steps"] if results else max((r["step"] for r in logged), default=records[-1]["step"])
+    memory = [record for record in logged if record["kind"] == "memory"]
+    trained = [0] * records[0]["num_layers"]
+    for record, after in zip(records, [*(r["step"] for r in records[1:]), steps]):
+        for layer in record["selected"]:
+            trained[layer] += after - record["step"]
+    scored = next((record["scores"] for record in reversed(records) if record["scores"]), [None] * len(trained))
+    return {
+        "finished": results is not None,
+        "steps": steps,
+        "selections": len(records),
+        "changes": sum(record["changed"] for record in records),
+        "selected": records[-1]["selected"],
+        "optimizer_state_bytes": memory[-1]["optimizer_state_bytes"] if memory else None,
+        "parked_state_bytes": memory[-1]["parked_state_bytes"] if memory else None,
+        "layers": [
+            {"layer": i, "steps": count, "share": count / steps if steps else 0.0, "last_score": score}
+            for i, (count, score) in enumerate(zip(trained, scored))
+        ],
+    }
+
+
+def _text(found: dict[str, Any], folder: Path) -> str:
+    rows = [
+        [
+            str(row["layer"]) + (" *" if row["layer"] in found["selected"] else ""),
+            str(row["steps"]),
+            f"{row['share']:.0%}",
+            "" if row["last_score"] is None else f"{row['last_score']:.3g}",
+        ]
+        for row in found["layers"]
+    ]
+    lines = table(["layer", "steps", "share", "last score"], rows).split("\n")
+    bars = ["", *("#" * round(BAR * row["share"]) for row in found["layers"])]
+    width = max(map(len, lines))
+    state = found["optimizer_state_bytes"]
+    bytes_said = (
+        "" if state is None else f"optimizer state {state:,} bytes, parked {found['parked_state_bytes']:,} bytes\n"
+    )
+    return (
+        f"{folder}: {'finished' if found['finished'] else 'not finished'}, {found['steps']} steps, "
+        f"{found['selections']} selections, {found['changes']} of them changed the layers\n{bytes_said}"
+        + "\n".join(f"{line.ljust(width)}  {bar}".rstrip() for line, bar in zip(lines, bars))
+        + f"\n* trains at the end; picture: {folder / 'layers.png'}"
+    )

@@ -1,0 +1,117 @@
+"""`python -m irtune predict`: labels and probabilities for new texts."""
+
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from irtune.checkpoint import writing
+from irtune.commands.common import add_run, parser, ranks
+from irtune.data import Example, NumberedRows, parse_json_lines, read_table
+from irtune.errors import ConfigError, DataError
+from irtune.inference import LoadedRun, load_run
+
+OUTPUT_SUFFIXES = (".jsonl", ".csv", ".tsv")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read texts, predict, write the input's columns with `predicted` and `probabilities`."""
+    options = parser(
+        "predict",
+        "Label texts with a finished run. Input in any format of a corpus, or JSON lines on standard input (-); the "
+        "columns are those of the run's configuration. Output: the input's columns with predicted, probability, and "
+        "probabilities of all labels.",
+        "python -m irtune predict --run runs/mine --input new.csv --output labelled.csv",
+    )
+    add_run(options)
+    options.add_argument("--input", required=True, help="file, or - for JSON lines on standard input")
+    options.add_argument("--output", required=True, help=f"file ({', '.join(OUTPUT_SUFFIXES)}), or - for JSON lines")
+    options.add_argument("--before", help="column of the text before, where it is not the run's")
+    options.add_argument("--after", help="column of the text after, where it is not the run's")
+    given = options.parse_args(list(arguments))
+    target = None if given.output == "-" else Path(given.output).expanduser()
+    if target is not None and target.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise ConfigError(f"--output {given.output!r}: accepted: {', '.join(OUTPUT_SUFFIXES)}, or -")
+    with ranks() as world:
+        if given.input == "-" and world.size > 1:
+            raise ConfigError("--input - is for one process: several ranks cannot share standard input; give a file")
+        rows = _rows(given.input)
+        run = load_run(given.run, world.device)
+        columns = (given.before or run.config.data.before, given.after or run.config.data.after)
+        examples = to_examples(rows, given.input, *columns)
+        started = time.perf_counter()
+        probabilities = run.predict(examples, given.batch_size).probabilities.tolist()
+        seconds = time.perf_counter() - started
+        if world.is_main:
+            _write(target, rows, probabilities, run)
+            sys.stderr.write(f"{len(rows)} examples in {seconds:.1f} s ({len(rows) / seconds:.1f} examples/s)\n")
+    return 0
+
+
+def _rows(source: str) -> NumberedRows:
+    if source != "-":
+        return read_table(Path(source).expanduser())
+    rows = parse_json_lines(sys.stdin.read(), "standard input")
+    if not rows:
+        raise DataError("standard input has no rows; expected JSON lines such as "
+                        '{"before": "I has a cat.", "after": "I have a cat."}')  # fmt: skip
+    return rows
+
+
+def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) -> list[Example]:
+    """Examples without labels from rows.
+
+    Raises:
+        DataError: for a column that is missing or a cell that is no text; names file, row and column.
+    """
+    examples = []
+    for number, row in rows:
+        texts = []
+        for column in (before, after) if after is not None else (before,):
+            if column not in row:
+                raise DataError(
+                    f"{where}, row {number}: no column {column!r}; columns: {', '.join(map(str, row))}; name others "
+                    "with --before and --after"
+                )
+            value = "" if row[column] is None else row[column]
+            if not isinstance(value, str):
+                raise DataError(f"{where}, row {number}, column {column!r}: expected text, not {value!r}")
+            texts.append(value)
+        examples.append(Example(str(number), texts[0], texts[1] if after is not None else None, 0))
+    return examples
+
+
+def _write(target: Path | None, rows: NumberedRows, probabilities: list[list[float]], run: LoadedRun) -> None:
+    """Write to `target`, complete or not at all; None: standard output."""
+    records = []
+    for (_, row), values in zip(rows, probabilities):
+        best = max(range(len(values)), key=values.__getitem__)
+        found = {"predicted": run.labels[best], "probability": round(values[best], 6)}
+        records.append((row, found, dict(zip(run.labels, (round(value, 6) for value in values)))))
+    if target is None or target.suffix.lower() == ".jsonl":
+        lines = [json.dumps({**row, **found, "probabilities": every}, ensure_ascii=False) + "\n"
+                 for row, found, every in records]  # fmt: skip
+        if target is None:
+            sys.stdout.writelines(lines)
+            return
+        _replace(target, "".join(lines))
+        return
+    names = dict.fromkeys(name for row, _, _ in records for name in row)
+    header = [*names, "predicted", "probability", *(f"p_{label}" for label in run.labels)]
+    text = io.StringIO(newline="")
+    writer: Any = csv.DictWriter(text, header, delimiter="\t" if target.suffix.lower() == ".tsv" else ",")
+    writer.writeheader()
+    writer.writerows({**row, **found, **{f"p_{k}": v for k, v in every.items()}} for row, found, every in records)
+    _replace(target, text.getvalue())
+
+
+def _replace(target: Path, text: str) -> None:
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_name(f".{target.name}")
+        scratch.write_text(text, encoding="utf-8", newline="")
+        scratch.replace(target)

@@ -1,0 +1,142 @@
+"""`python -m irtune validate`: every error of a configuration at once, and what the model would see."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from irtune.commands.common import show, show_json
+from irtune.config import Config, load_config
+from irtune.config.engine_json import read_engine_json
+from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
+from irtune.engine import unknown_zero_keys
+from irtune.errors import ConfigError, IrtuneError
+from irtune.models import load_tokenizer
+
+SHOWN = 3
+RARE = 20
+HELP = """usage: python -m irtune validate --config FILE [--section.key value ...] [--ranks N] [--json]
+
+Check a configuration without training: every error and warning at once, the batch arithmetic, and the first three
+examples as the model will see them. No weights of the base model are loaded. Exit status 0: it can run; 2: it cannot.
+
+example: python -m irtune validate --config launch/recipes/iterater-smollm2.yaml --data.path corpus/
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check the configuration that `arguments` describe."""
+    if "-h" in arguments or "--help" in arguments:
+        show(HELP)
+        return 0
+    as_json = "--json" in arguments
+    rest = [argument for argument in arguments if argument != "--json"]
+    ranks = 1
+    if "--ranks" in rest:
+        place = rest.index("--ranks")
+        value = rest[place + 1] if place + 1 < len(rest) else ""
+        if not value.isdigit() or int(value) < 1:
+            raise ConfigError(f"--ranks is {value!r}; accepted: a whole number of at least 1")
+        ranks = int(value)
+        del rest[place : place + 2]
+    found = validate(load_config(rest), ranks)
+    show_json(found) if as_json else show(_text(found))
+    return 0
+
+
+def validate(config: Config, ranks: int) -> dict[str, Any]:
+    """What a run on `ranks` ranks would do, in plain JSON types.
+
+    Raises:
+        ConfigError: with the errors of engine settings, corpus and tokenizer together.
+    """
+    problems: list[str] = []
+    settings, engine_problems = read_engine_json(config, ranks)
+    problems += engine_problems + unknown_zero_keys(settings)
+    corpus = _tried(lambda: read_corpus(config.data), problems)
+    tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
+    encoder = encoded = plan = None
+    if corpus and tokenizer:
+        encoder = _tried(lambda: Encoder(tokenizer, config.data, corpus.labels), problems)
+    if corpus and encoder:
+        encoded = _tried(lambda: {s: [encoder.encode(e) for e in rows] for s, rows in corpus.splits.items()}, problems)
+    if encoded:
+        lengths = [len(item["input_ids"]) for item in encoded["train"]]
+        micro_batches = ranks * config.optim.gradient_accumulation_steps
+        plan = _tried(
+            lambda: BatchPlan(lengths, config.optim.micro_batch_size, micro_batches, config.run.seed), problems
+        )
+    if problems or not (corpus and tokenizer and encoded and plan):
+        raise ConfigError(problems)
+    steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
+    full = [len(item["input_ids"]) >= config.data.max_length for item in encoded["train"]]
+    return {
+        "warnings": _warnings(corpus, sum(full), steps, config),
+        "examples": {split: len(rows) for split, rows in corpus.splits.items()},
+        "labels": dict(Counter(corpus.labels[example.label] for example in corpus.splits["train"])),
+        "batch": {
+            "micro_batch_size": config.optim.micro_batch_size,
+            "gradient_accumulation_steps": config.optim.gradient_accumulation_steps,
+            "ranks": ranks,
+            "examples_per_step": plan.micro_batch_size * plan.micro_batches,
+            "steps": steps,
+            "steps_per_epoch": plan.steps_per_epoch,
+        },
+        "zero_stage": settings["zero_optimization"]["stage"],
+        "method": config.tuning.method,
+        "adapter": config.adapter.type,
+        "tokens": {"mean": sum(lengths) / len(lengths), "longest": max(lengths), "max_length": config.data.max_length},
+        "first_examples": [
+            {
+                "id": example.id,
+                "label": corpus.labels[example.label],
+                "tokens": len(item["input_ids"]),
+                "text": tokenizer.decode(item["input_ids"]),
+            }
+            for example, item in zip(corpus.splits["train"][:SHOWN], encoded["train"])
+        ],
+    }
+
+
+def _tried(build: Any, problems: list[str]) -> Any:
+    try:
+        return build()
+    except IrtuneError as error:
+        problems += error.problems if isinstance(error, ConfigError) else [str(error)]
+        return None
+
+
+def _warnings(corpus: Corpus, at_limit: int, steps: int, config: Config) -> list[str]:
+    counts = Counter(corpus.labels[example.label] for example in corpus.splits["train"])
+    rare = [f"{label} ({counts[label]})" for label in corpus.labels if counts[label] < RARE]
+    warnings = []
+    if rare:
+        warnings.append(
+            f"labels with fewer than {RARE} training examples: {', '.join(rare)}; see optim.loss class_balanced"
+        )
+    if at_limit:
+        share = at_limit / len(corpus.splits["train"])
+        warnings.append(f"{at_limit} training examples ({share:.1%}) reach data.max_length {config.data.max_length} "
+                        "and may be shortened")  # fmt: skip
+    if config.optim.warmup_steps >= steps:
+        warnings.append(f"optim.warmup_steps ({config.optim.warmup_steps}) lasts for all {steps} steps")
+    if config.tuning.method == "ir" and config.tuning.interval >= steps:
+        warnings.append(f"tuning.interval ({config.tuning.interval}): layers are chosen only once in {steps} steps")
+    return warnings
+
+
+def _text(found: dict[str, Any]) -> str:
+    batch = found["batch"]
+    lines = [
+        "the configuration can be run",
+        *(f"warning: {line}" for line in found["warnings"]),
+        f"corpus: {', '.join(f'{split} {count}' for split, count in found['examples'].items())} examples; "
+        + ", ".join(f"{label} {count}" for label, count in found["labels"].items()),
+        f"tokens: {found['tokens']['mean']:.0f} on average, {found['tokens']['longest']} at most",
+        f"batch: {batch['micro_batch_size']} x {batch['gradient_accumulation_steps']} accumulation x {batch['ranks']} "
+        f"rank(s) = {batch['examples_per_step']} per step, {batch['steps']} steps "
+        f"({batch['steps_per_epoch']} per epoch)",
+        f"method {found['method']}, adapter {found['adapter']}, ZeRO {found['zero_stage']}",
+    ]
+    for example in found["first_examples"]:
+        lines += ["", f"--- {example['id']}: {example['label']}, {example['tokens']} tokens", example["text"]]
+    return "\n".join(lines)

@@ -349,8 +349,11 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize("name", TYPES, ids=lambda name: name.replace(" ", "-"))
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [*itertools.product(TYPES, (2, 3)), ("none", 0), ("none", 1), ("none in bf16", 0), ("none in bf16", 1)],
+    ids=lambda value: str(value).replace(" ", "-"),
+)
 def test_types_of_adapters_train(llama, corpus, tmp_path, name, stage):
     options = {"adapter__type": name.split()[0]} | TYPES[name]
     config = tiny_config(llama, corpus, tmp_path / "run", stage, **options)

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -277,10 +279,11 @@ def browser(tmp_path_factory):
     for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
                    "--window-size=1400,900", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
         options.add_argument(option)
-    service = Service(chromedriver)
-    driver = None
+    service = Service(chromedriver, popen_kw={"start_new_session": True})  # a process group of our own, to end it whole
+    driver = group = None
     try:
         driver = selenium.Chrome(options=options, service=service)
+        group = service.process.pid
         driver.set_page_load_timeout(30)
         driver.set_script_timeout(20)
         yield driver
@@ -288,8 +291,9 @@ def browser(tmp_path_factory):
         with contextlib.suppress(Exception):
             if driver is not None:
                 driver.quit()  # ends chromium
-        if getattr(service, "process", None) is not None:
-            _stop(service.process)
+        with contextlib.suppress(ProcessLookupError):  # and whatever did not listen
+            if group is not None:
+                os.killpg(group, signal.SIGKILL)
 
 
 def _stop(process: subprocess.Popen) -> None:

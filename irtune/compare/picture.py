@@ -51,11 +51,11 @@ def _losses(axes: Axes, outcomes: Sequence[Outcome], rows: Sequence[Row], colour
             continue
         length = min(len(run) for run in runs)
         seconds, losses = np.mean([run[:length] for run in runs], axis=0).T
-        width = min(WINDOW, length)
+        width = max(1, min(WINDOW, length // 4))
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(seconds[width - 1 :], smooth, color=colour, linewidth=1.5, label=name)
     axes.set_xlabel("training time (seconds, mean over seeds)")
-    axes.set_ylabel(f"loss (running mean of {WINDOW} log lines)")
+    axes.set_ylabel(f"loss (running mean of up to {WINDOW} log lines)")
     if axes.lines:
         axes.legend(fontsize="small")
 

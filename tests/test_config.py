@@ -184,3 +184,16 @@ def test_labels_that_yaml_reads_as_numbers_are_names(tmp_path):
     recipe.write_text("data: {path: x, labels: {0: a, 1: b}, drop_labels: [3]}\n")
     config = load_config(["--config", str(recipe)])
     assert (config.data.labels, config.data.drop_labels) == ({"0": "a", "1": "b"}, ["3"])
+
+
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [("--tuning.method=rts", "rst"), ("--tuning.score=rsm", "rms"), ("--adapter.type=lorra", "lora"),
+     ("--tuning.method=spectrun", "spectrum"), ("--model.dtype=bfloat", "bfloat16")],
+)  # fmt: skip
+def test_unknown_names_get_the_known_ones_and_the_nearest(option, near):
+    with pytest.raises(ConfigError) as raised:
+        load_config(["--data.path=x", option])
+    said = str(raised.value)
+    assert f"did you mean {near}?" in said and option.partition("=")[2] in said
+    assert said.count(",") > 2  # the others too

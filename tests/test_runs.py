@@ -304,6 +304,7 @@ VARIANTS = {
     "topk": {"tuning__method": "topk", "tuning__budget": 2},
     "grass": {"tuning__method": "grass", "tuning__budget": 2},
     "ist": {"tuning__method": "ist", "tuning__budget": 2, "optim__max_steps": 12},
+    "full": {"tuning__method": "full"},
     "fixed": {"tuning__method": "fixed", "tuning__layers": "1,4-5"},
     "spectrum": {"tuning__method": "spectrum", "tuning__budget": 2},
     "ir with a budget": {"tuning__budget": 3},
@@ -324,9 +325,10 @@ def test_variants_train(llama, corpus, tmp_path, variant, stage):
     assert [stretch["moved"] for stretch in first] == [stretch["moved"] for stretch in second]
     assert_selection_engages(first, stage, "bfloat16" if masters else "float32")
     assert all(0 < loss < 10 for loss in losses(tmp_path / "run"))
-    once = config.tuning.method in ("fixed", "spectrum")
+    once = config.tuning.method in ("fixed", "spectrum", "full")
     assert len(first) == 1 if once else len(first) >= 3
-    assert all(1 <= len(chosen) < 6 for chosen in selections(tmp_path / "run"))
+    most = 6 if config.tuning.method == "full" else 5
+    assert all(1 <= len(chosen) <= most for chosen in selections(tmp_path / "run"))
 
 
 TYPES = {

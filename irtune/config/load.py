@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def _typed(values: dict[str, Any], where: str, problems: list[str], *, from_comm
                 parsed = parser().parse_object({section: {field: value}} if section else {key: value})
             good[key] = parsed[key]
         except Exception as error:  # jsonargparse raises several kinds for a value of the wrong type
-            problems.append(f"{where}{key}: {_accepted(key)}, not {value!r}" if _accepted(key) else f"{key}: {error}")
+            said = f"{where}{key}: {_accepted(key)}, not {value!r}{_nearest(key, value)}"
+            problems.append(said if _accepted(key) else f"{key}: {error}")
     return good
 
 
@@ -179,6 +181,15 @@ def _accepted(key: str) -> str:
     text = (text or str(declared)).replace("typing.Literal", "one of ").replace("NoneType", "null")
     text = text.removeprefix("typing.Union[").replace("], one of", "] or one of")
     return "takes " + text.replace("None", "null")
+
+
+def _nearest(key: str, value: Any) -> str:
+    """The choice of an option that `value` may have been meant for."""
+    section, _, field = key.rpartition(".")
+    declared = SECTIONS[section].__dataclass_fields__[field].type if section else str
+    choices = [choice for choice in typing.get_args(declared) if isinstance(choice, str)]
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _instantiate(flat: dict[str, Any]) -> Config:

@@ -13,18 +13,23 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from irtune import __version__, runtime
-from irtune.checkpoint import find_damage, writing
+from irtune.checkpoint import find_damage, fingerprint, writing
 from irtune.config import Config
 from irtune.engine import Engine
+from irtune.errors import IrtuneError
+from irtune.faults import as_user_error, stop_within, tell_the_others
 from irtune.losses import build_loss
 from irtune.memory import peak_host_memory_bytes, peak_memory_bytes
+from irtune.planner import compare, describe
 from irtune.prepare import Plans, engine_settings, prepare, pretrained_weights
+from irtune.progress import Progress
 from irtune.runtime import World
 from irtune.tracking import Tracker, write_json
-from irtune.trainer import Progress, Trainer
+from irtune.trainer import Trainer
 
 log = logging.getLogger("irtune")
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tensorboard")
+SECONDS_TO_LEAVE = 20.0
 
 
 def run(config: Config) -> dict[str, Any] | None:
@@ -34,12 +39,14 @@ def run(config: Config) -> dict[str, Any] | None:
 
     Raises:
         IrtuneError: for everything a user can mend. The process group is left in any case.
+        StoppedError: after SIGTERM or SIGINT, when the last step is saved.
     """
     world = runtime.read_world()
     _quiet(world)
     settings = engine_settings(config, world)
     runtime.start(world, config.run.timeout_seconds)
     try:
+        runtime.doing("reading model and corpus")
         runtime.seed_everything(config.run.seed, deterministic=config.run.deterministic)
         folder = Path(config.run.output_dir).expanduser()
         plans = prepare(config, settings, world, folder)
@@ -48,8 +55,17 @@ def run(config: Config) -> dict[str, Any] | None:
             return json.loads((folder / "results.json").read_text(encoding="utf-8")) if world.is_main else None
         with writing(folder):
             results = _train(plans, world, folder)
+    except IrtuneError as error:
+        tell_the_others(error)
+        raise
+    except Exception as error:
+        told = as_user_error(error, config, settings["zero_optimization"]["stage"])
+        tell_the_others(told or error)
+        if told is None:
+            raise
+        raise told from error
     finally:
-        runtime.stop()
+        stop_within(SECONDS_TO_LEAVE)
     return results if world.is_main else None
 
 
@@ -58,10 +74,16 @@ def _train(plans: Plans, world: World, folder: Path) -> dict[str, Any]:
     try:
         trainer.run()
         results = _results(trainer, trainer.finish(folder), world)
+        if plans.memory is not None:
+            results["planned_memory_bytes"] = plans.memory.estimate.total
+            trainer.tracker.say(compare(plans.memory, results["peak_memory_bytes"]))
         trainer.tracker.outcome(plans.config, results)
     finally:
         trainer.tracker.close()
     if world.is_main:
+        # irtune.inference compares them: a flipped bit in an adapter would go unnoticed otherwise.
+        written = sorted((folder / "adapter").glob("adapter_*"))
+        results["adapter_sha256"] = {file.name: fingerprint(file)["sha256"] for file in written}
         write_json(folder / "results.json", results)
     runtime.barrier()
     trainer.engine.close()
@@ -83,7 +105,16 @@ def _build(plans: Plans, world: World, folder: Path) -> Trainer:
     park = config.tuning.deselected_state == "offload"
     labels = [example.label for example in plans.corpus.splits["train"]]
     loss = build_loss(config.optim, [labels.count(c) for c in range(len(plans.corpus.labels))], world.device)
-    engine = Engine(plans.model, plans.table, config.optim, plans.settings, park=park, loss=loss)
+    engine = Engine(
+        plans.model,
+        plans.table,
+        config.optim,
+        plans.settings,
+        park=park,
+        loss=loss,
+        recompute=config.model.gradient_checkpointing,
+    )
+    runtime.limit_waiting(config.run.timeout_seconds)
     progress = Progress(**state["progress"]) if state is not None else Progress()
     if state is not None and find_damage(plans.checkpoints.folder / f"step_{progress.best_step}") is not None:
         progress.best = None  # the best weights so far are not in this folder: look for new ones
@@ -114,6 +145,8 @@ def _build(plans: Plans, world: World, folder: Path) -> Trainer:
         trainer.restore(plans.resumed, state)
         trainer.tracker.say(f"resumed from {plans.resumed} at step {progress.step}")
     _announce(trainer, world)
+    if plans.memory is not None:
+        trainer.tracker.text("plan", describe(plans.memory))
     return trainer
 
 
@@ -150,6 +183,7 @@ def _results(trainer: Trainer, metrics: dict[str, Any], world: World) -> dict[st
         "world_size": world.size,
         "zero_stage": engine.stage,
         "num_layers": trainer.num_layers,
+        "skipped_steps": progress.skipped,
         "layers_trained_per_step": sum(progress.trained_steps) / max(1, progress.step),
         "layers_ever_trained": sum(count > 0 for count in progress.trained_steps),
         "steps_per_layer": progress.trained_steps,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from irtune.errors import CheckpointError, OutputError
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 MANIFEST = "manifest.json"
+STEP = re.compile("step_[0-9]{1,18}")
 log = logging.getLogger("irtune")
 
 
@@ -39,8 +41,8 @@ class Checkpoints:
         file = self.folder / name
         if not file.is_file():
             return None
-        target = file.read_text(encoding="utf-8").strip()
-        if not target.startswith("step_") or Path(target).name != target:
+        target = file.read_bytes()[:100].decode("utf-8", "replace").strip()
+        if not STEP.fullmatch(target):
             raise CheckpointError(f"{file} names {target!r}, which is no step folder")
         return self.folder / target
 
@@ -56,8 +58,8 @@ class Checkpoints:
             log.warning("%s", error)
             latest = None
         # Later steps than the latest belong to a run that was gone back from.
-        until = int(latest.name[5:]) if latest is not None and latest.name[5:].isdigit() else None
-        found = {int(path.name[5:]): path for path in self.folder.glob("step_*") if path.name[5:].isdigit()}
+        until = int(latest.name[5:]) if latest is not None else None
+        found = {int(path.name[5:]): path for path in self.folder.glob("step_*") if STEP.fullmatch(path.name)}
         steps = sorted((step for step in found if until is None or step <= until), reverse=True)
         if latest is not None and until not in found:
             log.warning("checkpoint %s is missing", latest)
@@ -94,7 +96,7 @@ class Checkpoints:
                 save_file({name: tensor.contiguous() for name, tensor in trainable.items()}, scratch / TRAINABLE)
                 save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, scratch / OPTIMIZER)
                 (scratch / STATE).write_text(json.dumps(state | {"step": step}), encoding="utf-8")
-                files = {file.name: _fingerprint(file) for file in sorted(scratch.iterdir())}
+                files = {file.name: fingerprint(file) for file in sorted(scratch.iterdir())}
                 (scratch / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
                 for file in scratch.iterdir():
                     _flush(file)
@@ -117,7 +119,7 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         """Keep the newest `keep_last` and the best. Later steps belong to a run that was gone back from."""
-        number = {path: int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit()}
+        number = {path: int(path.name[5:]) for path in self.folder.glob("step_*") if STEP.fullmatch(path.name)}
         until = sorted((path for path in number if number[path] <= number[newest]), key=number.__getitem__)
         kept = {*until[-self.keep_last :], self.pointer("best"), newest}
         for path in number.keys() - kept:
@@ -126,10 +128,13 @@ class Checkpoints:
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, in a few words, or None: every byte is as it was written."""
+    for path in (folder, *(folder / name for name in (MANIFEST, TRAINABLE, OPTIMIZER, STATE))):
+        if path.is_symlink():
+            return f"{path.name} is a link, and checkpoints have none"
     try:
         wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in wanted.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     if not {TRAINABLE, OPTIMIZER, STATE} <= set(files):
         return f"{MANIFEST} is incomplete"
@@ -139,12 +144,13 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
-        if _fingerprint(file)["sha256"] != digest:
+        if fingerprint(file)["sha256"] != digest:
             return f"{name} has another checksum than when it was written"
     return None
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while block := content.read(2**20):
@@ -168,9 +174,13 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: when it is missing or damaged.
     """
     try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no readable checkpoint: {error}") from error
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder} is no readable checkpoint: {str(error)[:200]}") from error
+    for key in ("run", "progress"):
+        if not isinstance(state, dict) or not isinstance(state.get(key), dict):
+            raise CheckpointError(f"{folder} is no readable checkpoint: {STATE} has no {key!r}")
+    return state
 
 
 def read_tensors(folder: Path, file: str) -> dict[str, torch.Tensor]:

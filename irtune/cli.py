@@ -5,20 +5,23 @@ import importlib
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from irtune import launcher
 from irtune.commands import COMMANDS
 from irtune.config import load_config
-from irtune.errors import ConfigError, IrtuneError
+from irtune.config.safety import redact
+from irtune.errors import ConfigError, IrtuneError, StoppedError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+BY_SIGNAL = 128  # plus the signal's number
 
 
 def train(arguments: Sequence[str]) -> int:
     """Run `train.py` with `arguments`; returns the exit status."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels that are not used here
+    _quiet_libraries()
     show_traceback = any(argument.startswith("--run.traceback") for argument in arguments)
     try:
         config = load_config(arguments)
@@ -29,6 +32,10 @@ def train(arguments: Sequence[str]) -> int:
         results = run(config)
     except IrtuneError as error:
         return _user_error(error, show_traceback)
+    except StoppedError as stop:
+        if launcher.variable("RANK", "0") == "0":
+            sys.stderr.write(f"{stop}; the checkpoint is written, and the same command goes on from it\n")
+        return BY_SIGNAL + stop.signal
     except KeyboardInterrupt:
         return INTERRUPTED
     if results is not None:
@@ -51,13 +58,22 @@ def main(arguments: Sequence[str]) -> int:
         return USER_ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("irtune").setLevel(logging.INFO if launcher.variable("RANK", "0") == "0" else logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _quiet_libraries()
     try:
         return importlib.import_module(f"irtune.commands.{COMMANDS[name][0]}").main(rest)
     except IrtuneError as error:
         return _user_error(error, show_traceback=False)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _quiet_libraries() -> None:
+    """Libraries' notes to each other are not for users, and stdout must be nothing but JSON where that is asked for."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels that are not used here
+    # A filter: DeepSpeed sets its logger's level itself when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    launcher.set_default("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _usage() -> str:
@@ -76,9 +92,9 @@ def _report(error: IrtuneError) -> None:
     """Rank 0 speaks for errors that all ranks share; a rank that fails alone speaks for itself."""
     rank = launcher.variable("RANK", "0")
     if rank == "0":
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {redact(str(error))}\n")
     elif not isinstance(error, ConfigError):
-        sys.stderr.write(f"error on rank {rank}: {error}\n")
+        sys.stderr.write(f"error on rank {rank}: {redact(str(error))}\n")
     sys.stderr.flush()
 
 

@@ -1,26 +1,22 @@
-"""The DeepSpeed engine, with optimizer state for the selected layers only. The ONLY file that imports deepspeed.
+"""The DeepSpeed engine, with optimizer state for the selected layers only. Only this file and zero.py import deepspeed.
 
 Flipping requires_grad does not freeze anything under ZeRO: its flat master is stepped as a whole. So `reselect` keeps
 the engine and rebuilds its ZeRO optimizer, with one parameter group per selected layer and one for the head. A group
 per layer keeps a layer's shards as they are, so that its state moves to the new optimizer without communication, and
 gives each layer its own Adam step count. `_configure_optimizer` and `_backward_post_hook` are private to DeepSpeed:
-`check_version` fails loudly when they are gone.
+`zero.check_version` fails loudly when they are gone.
 """
 
 import contextlib
-import difflib
 import gc
 import logging
-import types
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.ops import __compatible_ops__
-from deepspeed.runtime.zero import utils as zero_utils
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from peft import PeftModel
 from torch import nn
 
@@ -30,32 +26,13 @@ from irtune.config import AdapterConfig, OptimConfig
 from irtune.config.validate import OWN_WEIGHTS
 from irtune.errors import DistributedError
 from irtune.losses import Loss, cross_entropy
-from irtune.optimizer_state import MOMENTS, Layout, StepState
+from irtune.optimizer_state import MOMENTS, Layout, Parking, StepState, recut
+from irtune.recompute import Recompute
+from irtune.zero import SkippingAdamW, check_version, join_deepspeed, no_collection
 
 HEAD = "head"
-PRIVATE = ("_configure_optimizer", "_backward_post_hook")
 Key = int | str
 log = logging.getLogger(__name__)
-
-
-def unknown_zero_keys(settings: dict[str, Any]) -> list[str]:
-    """One sentence for each key of the zero_optimization section that this DeepSpeed does not know."""
-    fields = DeepSpeedZeroConfig.model_fields
-    known = {*fields, *(field.alias for field in fields.values() if isinstance(field.alias, str))}
-    problems = []
-    for key in settings.get("zero_optimization", {}):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(f"deepspeed: unknown key zero_optimization.{key}{hint}")
-    return problems
-
-
-def check_version() -> None:
-    """Raise when this DeepSpeed lacks what re-selection is built on."""
-    missing = [name for name in PRIVATE if not hasattr(deepspeed.DeepSpeedEngine, name)]
-    if missing:
-        raise RuntimeError(f"deepspeed {deepspeed.__version__} has no {', '.join(missing)}; irtune is built on 0.19.8")
 
 
 class Engine:
@@ -70,6 +47,7 @@ class Engine:
         *,
         park: bool = True,
         loss: Loss = cross_entropy,
+        recompute: bool = False,
     ):
         """Wrap `model`; at first only the head is trained (call `reselect`).
 
@@ -80,25 +58,26 @@ class Engine:
             settings: the completed DeepSpeed JSON.
             park: keep the state of deselected layers in host memory (False: throw it away).
             loss: logits [batch, classes] and labels [batch] to the mean over the batch.
+            recompute: compute the activations of trained layers again in the backward pass instead of storing them.
         """
         check_version()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # On CPUs init compiles a shared-memory all-reduce behind a lock that a killed build never releases.
-        __compatible_ops__["deepspeed_shm_comm"] = False
         self.table, self.optim, self.park, self.loss = table, optim, park, loss
         self.selected: list[int] = []
+        self.skipped = False  # whether the last optimizer step was left out
         self._norm: torch.Tensor | None = None
-        self.parked: dict[Key, list[StepState]] = {}
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         self.layout = Layout(self.stage)
+        self.recompute = Recompute(table.modules, reentrant=self.stage == 3, always=recompute)
         self.offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
         # Of lower-precision parameters ZeRO keeps fp32 masters, which alone remember what rounding takes away.
         self.keeps_master = table.head[0][1].dtype != torch.float32
         table.set_trainable([])
-        deepspeed.init_distributed(verbose=False)
+        join_deepspeed()
         gc.collect()
         gc.freeze()  # ZeRO 3 runs the collector at every rebuild: spare it the model's objects
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=self._new_adamw([]), config=settings)
+        self.parked: Parking[Key] = Parking(self.device)
         self._import_state({})
 
     # ----- one step -----
@@ -107,6 +86,11 @@ class Engine:
     def module(self) -> nn.Module:
         """The model inside the engine."""
         return self.ds.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return torch.device(self.ds.device)
 
     @property
     def accumulation_steps(self) -> int:
@@ -124,8 +108,13 @@ class Engine:
     def forward_backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """One micro-batch forward and backward; returns its mean loss, detached, fp32 on the device."""
         loss = self._loss(self.ds, batch)
-        self.ds.backward(loss)
+        # A loss that is not finite may still have finite gradients. NaN in all of them is seen by every rank and stage.
+        self.ds.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         return loss.detach().float()
+
+    def mean_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean loss of a micro-batch outside of a step, with its graph; a scalar."""
+        return self._loss(self.module, batch)
 
     def _loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -140,7 +129,7 @@ class Engine:
         for _, parameter in self.table.head:
             parameter.requires_grad_(False)
         try:
-            self._loss(self.module, batch).backward()
+            self.mean_loss(batch).backward()
         finally:
             for _, parameter in self.table.head:
                 parameter.requires_grad_(True)
@@ -149,17 +138,24 @@ class Engine:
     def trial(self, batch: dict[str, torch.Tensor], layers: list[int]) -> torch.Tensor:
         """Mean loss of `batch` on this rank with the adapters of `layers` suppressed; nothing is kept. Collective."""
         with suppressed(self.table, layers, gathered=lambda parameters: self._whole(parameters, write=True)):
-            return self._loss(self.module, batch).detach().float()
+            return self.mean_loss(batch).detach().float()
 
     def step(self, lr: float) -> None:
-        """End a micro-batch; at an accumulation boundary, clip and update the selected layers."""
+        """End a micro-batch; at an accumulation boundary, clip and update the selected layers.
+
+        Where a gradient is not finite on any rank, `skipped` is set and nothing is updated: no weight, no moment.
+        """
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        if self.ds.is_gradient_accumulation_boundary() and self.stage == 0 and not self.keeps_master:
-            # Here the engine clips without keeping the norm.
-            gradients = [p.grad for group in self._adamw.param_groups for p in group["params"] if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
+        boundary = self.ds.is_gradient_accumulation_boundary()
+        by_hand = self.stage == 0 and not self.keeps_master
+        if boundary and by_hand:  # here the engine clips without keeping the norm, and looks at nothing
+            trained = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
+            self._norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            self.skipped = self._adamw.skips = not bool(self._norm.isfinite())
         self.ds.step()
+        if boundary and not by_hand:
+            self.skipped = bool(self.ds.optimizer.overflow)
 
     def grad_norm(self) -> float:
         """Global norm of the averaged gradient before clipping, at the last update."""
@@ -184,8 +180,9 @@ class Engine:
             parameter.grad = None
             parameter._hp_mapping = None  # type: ignore[attr-defined]
         self.table.set_trainable(selected)
+        self.recompute.set_lowest(min(selected, default=self.table.num_layers))
         self.selected = list(selected)
-        with _no_collection():
+        with no_collection():
             self.ds._configure_optimizer(self._new_adamw(selected), None)
         if hasattr(self.ds.optimizer, "register_grad_acc_post_hook"):
             self.ds.optimizer.register_grad_acc_post_hook(self.ds._backward_post_hook)
@@ -195,7 +192,7 @@ class Engine:
         self._import_state(saved)
         self._release(old, dropped)
 
-    def _new_adamw(self, selected: list[int]) -> torch.optim.AdamW:
+    def _new_adamw(self, selected: list[int]) -> SkippingAdamW:
         layers = [(number, self.table.layers[number]) for number in selected if self.table.layers[number]]
         groups = [
             {"params": [parameter for _, parameter in named], "layer": key}
@@ -203,7 +200,7 @@ class Engine:
         ]
         on_gpu = self.table.head[0][1].is_cuda and not self.offloaded
         first, second = self.optim.betas
-        return torch.optim.AdamW(
+        return SkippingAdamW(
             groups,
             lr=0.0,  # `step` sets it; a rebuild that steps by itself must not decay weights
             betas=(first, second),
@@ -229,7 +226,7 @@ class Engine:
     # ----- optimizer state -----
 
     @property
-    def _adamw(self) -> torch.optim.AdamW:
+    def _adamw(self) -> SkippingAdamW:
         return getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
 
     def _groups(self) -> Iterator[tuple[Key, list[torch.Tensor]]]:
@@ -266,15 +263,14 @@ class Engine:
             if key in keep:
                 saved[key] = states
             elif self.park:
-                pin = bool(tensors) and tensors[0].is_cuda
-                self.parked[key] = [state.to("cpu", pin=pin) for state in states]
+                self.parked.put(key, states)
         return saved
 
     def _import_state(self, saved: dict[Key, list[StepState]]) -> None:
         for key, tensors in self._groups():
-            states = saved.get(key) or self.parked.pop(key, None) or []
+            states = saved.get(key) or self.parked.take(key)
             if states and len(states) != len(tensors):  # ZeRO 3 cut a loaded or very large layer differently
-                states = _recut(states, [tensor.numel() for tensor in tensors])
+                states = recut(states, [tensor.numel() for tensor in tensors])
             # Zero moments at once, not at the first step: memory is known, and its lack noticed, right away. And
             # FP16_UnfusedOptimizer (stage 0 with masters) has already made one empty step, which must not count.
             states = states or [StepState({name: torch.zeros_like(tensor) for name in MOMENTS}) for tensor in tensors]
@@ -292,9 +288,13 @@ class Engine:
                     total += tensor.numel() * tensor.element_size()
         return total
 
+    def end_training(self) -> None:
+        """Free parked state: no layer comes back any more."""
+        self.parked.clear()
+
     def parked_bytes(self) -> int:
         """Bytes of parked state in this rank's host memory."""
-        return sum(state.nbytes() for states in self.parked.values() for state in states)
+        return self.parked.nbytes()
 
     # ----- whole tensors, for checkpoints -----
 
@@ -304,7 +304,8 @@ class Engine:
     @torch.no_grad()
     def full_state(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Whole tensors `PARAMETER/exp_avg` (and so on) on the CPU, and Adam's step count per layer. Collective."""
-        held = {key: [self._get_state(tensor) for tensor in tensors] for key, tensors in self._groups()} | self.parked
+        held = {key: [self._get_state(tensor) for tensor in tensors] for key, tensors in self._groups()}
+        held |= self.parked.contents()
         tensors: dict[str, torch.Tensor] = {}
         steps: dict[str, float] = {}
         for key in sorted(held, key=str):
@@ -331,8 +332,8 @@ class Engine:
                 split.pop("master", None)
             states = [StepState(dict(zip(split, piece)), step) for piece in zip(*split.values())]
             if self.stage == 3:  # a rank's shares of the layer's parameters lie end to end
-                states = _recut(states, [sum(self.layout.pieces(parameters))])
-            self.parked[key] = states
+                states = recut(states, [sum(self.layout.pieces(parameters))])
+            self.parked.put(key, states)
         self._import_state({})
 
     def _whole(self, parameters: list[nn.Parameter], *, write: bool = False) -> contextlib.AbstractContextManager:
@@ -386,29 +387,6 @@ class Engine:
         self.parked.clear()
         self.ds.destroy()
         gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep ZeRO 3 from running the garbage collector while it lays out its buffer.
-
-    It would scan every object of the process at every selection, for about half of a rebuild's time. Nothing waits
-    to be collected here: `_release` frees the old optimizer by cutting its references.
-    """
-    original = zero_utils.gc
-    zero_utils.gc = types.SimpleNamespace(collect=lambda: 0)
-    try:
-        yield
-    finally:
-        zero_utils.gc = original
-
-
-def _recut(states: list[StepState], sizes: list[int]) -> list[StepState]:
-    """Pieces of parameters laid end to end and cut into flat tensors of `sizes` elements."""
-    cut = {
-        name: torch.cat([state.tensors[name].flatten() for state in states]).split(sizes) for name in states[0].tensors
-    }
-    return [StepState(dict(zip(cut, piece)), states[0].step) for piece in zip(*cut.values())]
 
 
 def verify_selection(selected: list[int], num_layers: int, device: torch.device) -> None:

@@ -47,5 +47,13 @@ class DistributedError(IrtuneError):
     """Ranks that disagree, die or do not answer in time."""
 
 
+class StoppedError(Exception):
+    """A signal ended training; the checkpoint of the last step is written."""
+
+    def __init__(self, signal: int, step: int):
+        self.signal, self.step = signal, step
+        super().__init__(f"stopped by signal {signal} after step {step}")
+
+
 class TrainingError(IrtuneError):
     """Training that cannot go on, for example after repeated losses that are not finite."""

@@ -4,14 +4,18 @@ Layers are found from the module tree, not from a table of architectures: they a
 parameters. The head is everything outside the pretrained body, plus whatever the pretrained files did not contain.
 """
 
+import contextlib
+import copy
+import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,13 +26,17 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from irtune import quantization, runtime
+from irtune.config.safety import redact
 from irtune.config.schema import ModelConfig
 from irtune.errors import ModelError
 from irtune.kernels import attention_kernel
+from irtune.zero import make_whole, sharded_loading
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_NAMES = ("attn", "attention")
+INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,24 @@ class Classifier:
     anatomy: Anatomy
 
 
-def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
+def load_classifier(
+    config: ModelConfig,
+    labels: list[str],
+    device: torch.device | None = None,
+    sharded: dict[str, Any] | None = None,
+) -> Classifier:
     """Load model and tokenizer from a folder or hub id (from the local cache when the network is off).
 
+    Args:
+        config: the model.
+        labels: names of the classes.
+        device: where a quantised model is made (None: this rank's device); others are loaded to the CPU.
+        sharded: the section zero_optimization of stage 3: each rank keeps its share of the weights only, but the
+            whole head. Collective then. None: each rank gets the whole model.
+
     Raises:
-        ModelError: when there is no such model, it has no tokenizer, or no list of layers can be found in it.
+        ModelError: when there is no such model, it has no tokenizer, no list of layers can be found in it, its weights
+            are not all there, are pickles without `model.allow_pickle`, or are quantised already.
     """
     name, source = str(Path(config.name_or_path).expanduser()), _source(config)
     tokenizer = load_tokenizer(config)
@@ -80,22 +101,70 @@ def load_classifier(config: ModelConfig, labels: list[str]) -> Classifier:
             f"{source}: the tokenizer pads with token {tokenizer.pad_token_id}, but the model has embeddings for "
             f"{settings.vocab_size} tokens only; tokenizer and model do not belong together"
         )
+    if getattr(settings, "quantization_config", None):
+        raise ModelError(
+            f"{source} holds weights that are quantised already; accepted: weights in 16 or 32 bits, which "
+            "model.quantization quantises while they are loaded"
+        )
+    _check_files(Path(source), config.allow_pickle)
     settings.pad_token_id = tokenizer.pad_token_id
     settings.use_cache = False
-    model, info = _load(
-        AutoModelForSequenceClassification,
-        source,
-        "model",
-        config=settings,
-        dtype=DTYPES[config.dtype],
-        attn_implementation=attention_kernel(config.attn_implementation, DTYPES[config.dtype]),
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
-    )
+    dtype = DTYPES[config.dtype]
+    sharded = sharded if sharded is not None and _head_fits(config, settings, Path(source)) else None
+    with sharded_loading(sharded, dtype) if sharded is not None else contextlib.nullcontext():
+        model, info = _load(
+            AutoModelForSequenceClassification,
+            source,
+            "model",
+            config=settings,
+            dtype=dtype,
+            attn_implementation=attention_kernel(config.attn_implementation, dtype),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
+            **_quantized_loading(config, settings, device),
+        )
+    quantization.settle(model)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name
-    return Classifier(model, tokenizer, _checked_anatomy(source, model, info))
+    anatomy = _checked_anatomy(source, model, info)
+    if sharded is not None:
+        make_whole([model.get_submodule(name) for name in anatomy.head])
+    return Classifier(model, tokenizer, anatomy)
+
+
+def _quantized_loading(config: ModelConfig, settings: PretrainedConfig, device: torch.device | None) -> dict[str, Any]:
+    """What `from_pretrained` is told about quantisation: all linear modules of the layers, and no other."""
+    if config.quantization == "none":
+        return {}
+    skeleton = _skeleton(config, settings)
+    layers = find_anatomy(skeleton).layers
+    kept = [n for n, part in skeleton.named_modules() if is_linear(part) and not n.startswith(f"{layers}.")]
+    device = device or runtime.read_world().device
+    return quantization.loading_options(config.quantization, DTYPES[config.dtype], device, kept)
+
+
+def _skeleton(config: ModelConfig, settings: PretrainedConfig) -> nn.Module:
+    """The model without weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(
+                copy.deepcopy(settings), trust_remote_code=config.trust_remote_code
+            )
+    except Exception as error:  # as in `_load`
+        raise _unusable(config.name_or_path, "model", error) from error
+
+
+def _head_fits(config: ModelConfig, settings: PretrainedConfig, folder: Path) -> bool:
+    """Whether no weight in the files has another shape than in the model, which sharded loading cannot replace."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in _skeleton(config, settings).named_parameters()}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in wanted.keys() & set(weights.keys()):
+                if tuple(weights.get_slice(name).get_shape()) != wanted[name]:
+                    return False
+    return any(folder.glob("*.safetensors"))
 
 
 def load_settings(config: ModelConfig) -> PretrainedConfig:
@@ -132,7 +201,45 @@ def _source(config: ModelConfig) -> str:
             f"model.name_or_path: there is no folder {config.name_or_path!r}; accepted: a folder with config.json, "
             "or a hub id (launch/quickstart.sh makes the folder of the small model)"
         )
-    return _cached_folder(source) or source
+    return _cached_folder(source, config.allow_pickle) or source
+
+
+def _check_files(folder: Path, allow_pickle: bool) -> None:
+    """Look at the names of a model's files before any of them is read.
+
+    Raises:
+        ModelError: when shards are missing, or there are pickles only and they are not allowed.
+    """
+    if any(folder.glob("model*.safetensors")) or (folder / INDEX).is_file():
+        index = folder / INDEX
+    elif any(folder.glob("pytorch_model*.bin")):
+        if not allow_pickle:
+            raise _without_safetensors(str(folder))
+        index = folder / PICKLE_INDEX
+    else:
+        return
+    if not index.is_file() or (folder / "model.safetensors").is_file():
+        return
+    try:
+        shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} does not say which file holds which weight: {error!r}") from error
+    outside = sorted(str(name)[:200] for name in shards if not isinstance(name, str) or Path(name).name != name)
+    if outside:
+        raise ModelError(f"{index} names {outside[0]!r}, which is outside of the folder; accepted: files beside it")
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {missing[0]} ({len(missing)} of the {len(shards)} files that {index.name} names are "
+            "missing); copy or download the model again"
+        )
+
+
+def _without_safetensors(source: str) -> ModelError:
+    return ModelError(
+        f"{source} has no weights in safetensors files, and pickles (pytorch_model.bin) can run code when they are "
+        "read; convert them, or, for a model that you trust, set model.allow_pickle to true"
+    )
 
 
 def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:
@@ -157,14 +264,15 @@ def longest_input(classifier: Classifier) -> int | None:
     return min(known, default=None)
 
 
-def _cached_folder(name: str) -> str | None:
+def _cached_folder(name: str, allow_pickle: bool) -> str | None:
     """Folder of a hub model that is wholly in the local cache, so that no network is asked; None where it is not."""
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError):  # not cached; or no hub id, which loading will say
         return None
-    parts = ("config.json", "tokenizer*", "*.safetensors")
-    return str(folder) if all(any(folder.glob(part)) for part in parts) else None
+    weights = any(folder.glob("*.safetensors")) or (allow_pickle and any(folder.glob("pytorch_model*.bin")))
+    parts = ("config.json", "tokenizer*")
+    return str(folder) if weights and all(any(folder.glob(part)) for part in parts) else None
 
 
 def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
@@ -172,8 +280,14 @@ def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(source, **options)
     except Exception as error:  # damaged files raise whatever their library raises
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason}") from error
+        raise _unusable(source, what, error) from error
+
+
+def _unusable(source: str, what: str, error: Exception) -> ModelError:
+    reason = redact(" ".join(str(error).split()))
+    if "use_safetensors" in reason:  # transformers' advice is an option that users do not have
+        return _without_safetensors(source)
+    return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason[:300]}")
 
 
 def find_anatomy(model: nn.Module, missing: Collection[str] = ()) -> Anatomy:
@@ -188,7 +302,7 @@ def find_anatomy(model: nn.Module, missing: Collection[str] = ()) -> Anatomy:
     """
     best, size = "", 0
     for name, module in model.named_modules():
-        count = sum(parameter.numel() for parameter in module.parameters())
+        count = sum(quantization.elements(parameter) for parameter in module.parameters())
         # Outer lists come first, so that a list inside a layer (experts) never beats the list of layers.
         if isinstance(module, nn.ModuleList) and count > size:
             best, size = name, count
@@ -219,13 +333,27 @@ def linear_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
     return list(names)
 
 
-def output_projections(model: nn.Module, anatomy: Anatomy) -> list[torch.Tensor]:
+class PlainWeights(Sequence[torch.Tensor]):
+    """Weights of linear modules; those that are quantised are made floating-point one at a time, when asked for."""
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.modules = modules
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __getitem__(self, place: Any) -> Any:
+        """The weight at `place`, a number."""
+        return quantization.plain_weight(self.modules[place])
+
+
+def output_projections(model: nn.Module, anatomy: Anatomy) -> Sequence[torch.Tensor]:
     """Weight of each layer's attention output projection: the last linear module of its attention, L tensors.
 
     Raises:
         ModelError: when a layer has no attention with linear modules.
     """
-    weights = []
+    modules = []
     for number, layer in enumerate(model.get_submodule(anatomy.layers).children()):
         inside = [
             module
@@ -234,8 +362,8 @@ def output_projections(model: nn.Module, anatomy: Anatomy) -> list[torch.Tensor]
         ]
         if not inside:
             raise ModelError(f"layer {number} has no attention output projection; use another tuning.score than weight")
-        weights.append(inside[-1].weight)
-    return weights
+        modules.append(inside[-1])
+    return PlainWeights(modules)
 
 
 class CastLinear(nn.Linear):

@@ -1,5 +1,6 @@
 """Read every input and make every check of a run before the first byte is written."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ from irtune.checkpoint import TRAINABLE, Checkpoints, find_damage, load_into, re
 from irtune.config import Config, write_config
 from irtune.config.engine_json import read_engine_json
 from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
-from irtune.engine import unknown_zero_keys
 from irtune.errors import CheckpointError, ConfigError
 from irtune.importance import LayerScores
+from irtune.memory import device_memory_bytes
 from irtune.models import Classifier, load_classifier, longest_input, output_projections
+from irtune.planner import RunPlan, plan_run, shortage
 from irtune.runtime import World
 from irtune.selection import Chooser, build_chooser
 from irtune.signal_noise import layer_ratios
+from irtune.zero import unknown_zero_keys
+
+log = logging.getLogger("irtune")
+# Adapters that are made without looking at the weights that they stand beside.
+SHARDED_TYPES = ("lora", "rslora", "bottleneck")
+HARMLESS = ("gradient_checkpointing", "attn_implementation", "trust_remote_code", "allow_pickle")  # of model
 
 
 @dataclass
@@ -39,6 +47,7 @@ class Plans:
     scores: LayerScores
     chooser: Chooser
     checkpoints: Checkpoints
+    memory: RunPlan | None
     identity: dict[str, Any]
     resumed: Path | None
     state: dict[str, Any] | None
@@ -76,7 +85,8 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
         resumed = _find_checkpoint(config, checkpoints)
         corpus = read_corpus(config.data)
-        classifier = load_classifier(config.model, corpus.labels)
+        memory = _plan_memory(config, settings, world, corpus)
+        classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
         _check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
         encoded = {split: [encoder.encode(e) for e in examples] for split, examples in corpus.splits.items()}
@@ -92,7 +102,6 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         model, table = add_adapters(classifier, config.adapter)
         if config.tuning.method == "ist":
             remember_origins(table)
-        _checkpointing(config, model, settings)
         sizes = [sum(parameter.numel() for _, parameter in layer) for layer in table.layers]
         chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
         identity = _identity(config, corpus, plan, max_steps)
@@ -122,11 +131,33 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         scores=LayerScores(table, score, world.device, projections),
         chooser=chooser,
         checkpoints=checkpoints,
+        memory=memory,
         identity=identity,
         resumed=resumed,
         state=state,
         finished=runtime.all_gather_object(finished)[0],
     )
+
+
+def _plan_memory(config: Config, settings: dict[str, Any], world: World, corpus: Corpus) -> RunPlan | None:
+    """What the run will need, counted by rank 0 before weights are loaded; warns where that does not fit."""
+    if not world.is_main:
+        return None
+    plan = plan_run(
+        config, settings, world.size, device_memory_bytes(world.device), device=world.device.type, labels=corpus.labels
+    )
+    warning = plan and shortage(plan)
+    if warning:
+        log.warning("%s", warning)
+    return plan
+
+
+def _sharded(config: Config, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """ZeRO 3's section where each rank needs to load no more than its share of the model, else None."""
+    zero = settings["zero_optimization"]
+    reads_weights = config.tuning.method == "spectrum" or config.tuning.score == "weight"
+    whole = reads_weights or config.adapter.type not in SHARDED_TYPES or config.model.quantization != "none"
+    return None if zero["stage"] != 3 or whole else zero
 
 
 def pretrained_weights(plans: Plans) -> dict[str, torch.Tensor]:
@@ -145,7 +176,7 @@ def _identity(config: Config, corpus: Corpus, plan: BatchPlan, max_steps: int) -
     optim = {key: value for key, value in vars(config.optim).items() if key != "gradient_accumulation_steps"}
     places = ("path", "train", "dev", "test")
     return {
-        "model": vars(config.model),
+        "model": {key: value for key, value in vars(config.model).items() if key not in HARMLESS},
         "adapter": vars(config.adapter),
         "tuning": vars(config.tuning),
         "optim": optim | {"micro_batches_per_step": plan.micro_batches, "max_steps": max_steps},
@@ -213,14 +244,3 @@ def _open_folder(folder: Path, config: Config) -> None:
         write_config(config, folder / "config.yaml")
     except OSError as error:
         raise ConfigError(f"run.output_dir: cannot write to {str(folder)!r}: {error.strerror}") from error
-
-
-def _checkpointing(config: Config, model: Any, settings: dict[str, Any]) -> None:
-    """Recompute activations: reentrant under ZeRO 3 only, where the other kind sees partitioned parameters."""
-    if not config.model.gradient_checkpointing:
-        return
-    reentrant = settings["zero_optimization"]["stage"] == 3
-    model = getattr(model, "base", model)  # under soft tokens or labels
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()  # else no gradient reaches the adapters

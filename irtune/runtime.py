@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 from irtune import launcher
 from irtune.errors import ConfigError, DistributedError, IrtuneError
+from irtune.watch import SILENT, Watch
+
+_watch = Watch(None, 0, 1)  # that of the running process group
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,15 @@ def read_world() -> World:
 
 
 def start(world: World, timeout_seconds: int) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. One process needs no address and no port."""
+    """Join the process group: NCCL on GPUs, gloo on CPUs. One process needs no address and no port.
+
+    Raises:
+        DistributedError: when the ranks do not meet in time.
+    """
+    global _watch
     if dist.is_initialized():
         return
+    _watch = Watch(None, 0, 1)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -72,17 +81,51 @@ def start(world: World, timeout_seconds: int) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     try:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        store = _meeting_point(world, timeout)
+        group_store = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group_store, rank=world.rank, world_size=world.size, timeout=timeout)
+        _watch = Watch(store, world.rank, world.size, silent=min(SILENT, timeout_seconds))
     except Exception as error:  # torch raises several kinds, each meaning that the ranks did not meet
         raise DistributedError(
             f"rank {world.rank} could not join the other {world.size - 1} ranks within {timeout_seconds} s: {error}"
         ) from error
 
 
+def _meeting_point(world: World, timeout: datetime.timedelta) -> dist.Store:
+    """The store behind the launcher's address.
+
+    torchrun's static rendezvous keeps one store over restarts, with the addresses of ranks that are dead. On one node
+    every rank knows the number of the restart; on several, torchrun opens another store each time.
+    """
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    here = launcher.variable("LOCAL_WORLD_SIZE", "") == str(world.size)
+    attempt = launcher.variable("TORCHELASTIC_RESTART_COUNT", "0") if here else "0"
+    return dist.PrefixStore(f"irtune/{attempt}", store)
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
+    _watch.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def limit_waiting(timeout_seconds: int) -> None:
+    """Give every process group the time-out of the first one: those that DeepSpeed opens wait for 30 minutes."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def watch() -> Watch:
+    """What this rank knows of the others."""
+    return _watch
+
+
+def doing(what: str) -> None:
+    """Name what this rank is at, for the message of a time-out."""
+    _watch.doing = what
 
 
 def launched_world_size() -> int:

@@ -1,5 +1,6 @@
 """Models without weights: the shape of any configuration on the meta device, of the presets without a download."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,14 +51,18 @@ def model_settings(config: ModelConfig) -> PretrainedConfig:
     return load_settings(config)
 
 
-def empty_classifier(config: ModelConfig, num_labels: int, attention: str) -> tuple[Any, Anatomy]:
+def empty_classifier(config: ModelConfig, labels: Sequence[str], attention: str) -> tuple[Any, Anatomy]:
     """A sequence classifier on the meta device, without weights, with the attention implementation `attention`."""
     settings = model_settings(config)
-    settings.num_labels = num_labels
+    settings.id2label = dict(enumerate(labels))  # says how many there are, too
+    settings.label2id = {label: number for number, label in enumerate(labels)}
     settings.pad_token_id = 0
     settings.use_cache = False
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(
-            settings, dtype=DTYPES[config.dtype], attn_implementation=attention
+            settings,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
         )
     return model, find_anatomy(model)

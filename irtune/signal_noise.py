@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from irtune.errors import ConfigError
 from irtune.models import Anatomy, is_linear
+from irtune.quantization import plain_weight
 
 
 def signal_to_noise(weight: torch.Tensor) -> float:
@@ -30,16 +30,13 @@ def signal_to_noise(weight: torch.Tensor) -> float:
 def layer_ratios(model: nn.Module, anatomy: Anatomy) -> dict[str, list[float]]:
     """The L ratios of each linear module of a layer, for example `self_attn.q_proj`; layers without it have 0.
 
-    Raises:
-        ConfigError: for a quantised base, whose matrices are not there.
+    Of a quantised base, they are those of the rounded weights, with which the model computes.
     """
-    if getattr(model, "is_quantized", False):
-        raise ConfigError("tuning.method spectrum decomposes the base's weights; it needs model.quantization none")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ratios: dict[str, list[float]] = {}
     for number, layer in enumerate(model.get_submodule(anatomy.layers).children()):
         for name, module in layer.named_modules():
             if is_linear(module):
                 values = ratios.setdefault(name, [0.0] * anatomy.num_layers)
-                values[number] = signal_to_noise(module.weight.to(device))
+                values[number] = signal_to_noise(plain_weight(module).to(device))
     return ratios

@@ -45,7 +45,7 @@ class Tracker:
         for file in (self.metrics, self.selections):
             keep_until(file, start_step)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
-        past = self.selections.read_text(encoding="utf-8").splitlines() if self.selections.exists() else []
+        past = self.selections.read_text(encoding="utf-8").split("\n")[:-1] if self.selections.exists() else []
         self._history = [pictures.row(json.loads(line)) for line in past]
         self._opened = self._drawn = time.monotonic()
         self._pictured = (-1, -1)  # selections and step of the last pictures
@@ -69,6 +69,12 @@ class Tracker:
             with tqdm.external_write_mode(sys.stdout):
                 log.info(line)
 
+    def text(self, tag: str, text: str) -> None:
+        """Lines for the console, and for TensorBoard's text tab, where they stay as they are."""
+        if self.active:
+            self.say(text)
+            self.board.add_text(tag, f"```\n{text}\n```", self.step)
+
     def train(self, record: dict[str, Any]) -> None:
         """Record a log interval."""
         if not self.active:
@@ -80,15 +86,18 @@ class Tracker:
             ("lr", "train/learning_rate"),
             ("grad_norm", "train/gradient_norm"),
             ("clipped", "train/clipped"),
+            ("skipped_steps", "train/skipped_steps"),
             ("tokens_per_second", "speed/tokens_per_second"),
             ("examples_per_second", "speed/examples_per_second"),
         ):
-            self.board.add_scalar(tag, record[name], step)
+            if record[name] is not None:
+                self.board.add_scalar(tag, record[name], step)
         now, new = time.monotonic(), len(self._history) > self._pictured[0]
         if new and now - self._drawn >= max(PICTURE_SECONDS, PICTURE_SHARE * (now - self._opened)):
             self._draw_layers()
         self.say(
-            f"step {step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
+            f"step {step}  loss {_number(record['loss'], '.4f')}  lr {record['lr']:.2e}  "
+            f"|g| {_number(record['grad_norm'], '.2f')}  "
             f"layers {record['layers_selected']}  {record['tokens_per_second']:.0f} tokens/s"
         )
 
@@ -211,11 +220,13 @@ def keep_until(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # Lines end with \n and with nothing else: a label may hold what Unicode calls a line break. A cut line may end in
+    # the middle of a character.
+    for line in file.read_bytes().decode("utf-8", "replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
     scratch = file.with_suffix(".part")
     scratch.write_text("".join(kept) if step else "", encoding="utf-8")
@@ -245,6 +256,10 @@ def write_predictions(
             }
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
     os.replace(scratch, path)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "none (steps skipped)" if value is None else format(value, form)
 
 
 def _append(file: Path, record: dict[str, Any]) -> None:

@@ -1,10 +1,8 @@
 """The loop: accumulate, update, select, evaluate, save."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +12,19 @@ from irtune import runtime
 from irtune.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, writing
 from irtune.config import Config
 from irtune.data import BatchPlan, Corpus, collate
-from irtune.engine import Engine, verify_selection
-from irtune.errors import TrainingError
+from irtune.diagnosis import find_origin
+from irtune.engine import Engine
+from irtune.errors import StoppedError, TrainingError
 from irtune.evaluation import Predictions, metrics, predict
 from irtune.importance import LayerScores
+from irtune.layer_choice import LayerChoice
 from irtune.memory import peak_memory_bytes
+from irtune.progress import Progress, Window
 from irtune.schedule import learning_rate
-from irtune.selection import Chooser, Observation
+from irtune.selection import Chooser
 from irtune.tracking import Tracker, write_predictions
 
 EVALUATION_BATCH = 2  # in micro-batches: no gradients, so more examples fit
-
-
-@dataclass
-class Progress:
-    """What a run remembers between checkpoints, in plain JSON types.
-
-    step: optimizer steps done. best: value of the best dev metric so far, at best_step.
-    worse_in_a_row: evaluations since the best one. stopped: whether run.patience ended training.
-    losses: mean losses of the steps since the last log line. seconds: wall time of training, earlier sessions included.
-    """
-
-    step: int = 0
-    best: float | None = None
-    best_step: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    worse_in_a_row: int = 0
-    stopped: bool = False
-    state_bytes: list[int] = field(default_factory=list)
-    trained_steps: list[int] = field(default_factory=list)
 
 
 class Trainer:
@@ -68,41 +49,72 @@ class Trainer:
         identity: dict[str, Any],
         pretrained: Callable[[], dict[str, torch.Tensor]],
     ):
-        self.config, self.engine, self.chooser, self.scores = config, engine, chooser, scores
+        self.config, self.engine, self.chooser = config, engine, chooser
         self.plan, self.corpus, self.encoded, self.pad_token_id = plan, corpus, encoded, pad_token_id
         self.max_steps, self.checkpoints, self.tracker, self.device = max_steps, checkpoints, tracker, device
         self.progress, self.identity, self.pretrained = progress, identity, pretrained
         self.eval_every = config.run.eval_every or plan.steps_per_epoch
         self.num_layers = engine.table.num_layers
-        self._window: list[torch.Tensor] = []
-        self._tokens = self._examples = 0
-        self._batches: list[dict[str, torch.Tensor]] = []  # this rank's micro-batches of the last step
+        self.layers = LayerChoice(
+            config.tuning,
+            engine=engine,
+            chooser=chooser,
+            scores=scores,
+            progress=progress,
+            tracker=tracker,
+            max_steps=max_steps,
+        )
+        self.window = Window(progress)
         self._last: tuple[int, Predictions] | None = None
+        self._saved_step = -1
 
     # ----- the story -----
 
     def run(self) -> None:
-        """Train from where `progress` stands to `max_steps`."""
+        """Train from where `progress` stands to `max_steps`.
+
+        Raises:
+            StoppedError: after a signal, when the step is done and saved.
+            TrainingError: when losses, gradients or scores are not finite for too long.
+        """
+        with runtime.watch().heeding_signals():
+            self._run()
+
+    def _run(self) -> None:
         started = self._mark = time.perf_counter()
         before = self.progress.seconds
         if self.progress.step == 0:
-            self._first_selection()
-        elif self.progress.best is None:  # resumed at a step whose best weights are elsewhere
+            runtime.doing("first selection")
+            self.layers.first(self._micro_batches(0))
+            self.window.tokens = self.window.examples = 0  # those were not trained on
+        elif self.progress.best is None and self.progress.best_step:  # resumed where the best weights are elsewhere
             self._evaluate_and_save()
         while self.progress.step < self.max_steps and not self.progress.stopped:
-            self._train_step()
+            batches = self._train_step()
             step = self.progress.step
             self.progress.seconds = before + time.perf_counter() - started
-            if self._selects_after(step):
-                self._select()
+            if self.layers.is_due(step):
+                runtime.doing(f"selection after step {step}")
+                self.layers.select(batches)
             if step % self.config.run.log_every == 0 or step == self.max_steps:
                 self._log()
             if step % self.eval_every == 0 or step == self.max_steps:
                 self._evaluate_and_save()
             elif self.config.run.save_every and step % self.config.run.save_every == 0:
                 self._save(best=False)
+            self._heed_signals()
         if self.progress.stopped:
             self._stopped_early()
+
+    def _heed_signals(self) -> None:
+        """End here, saved, when a rank was told to; nothing to do when training is over anyway."""
+        step = self.progress.step
+        number = runtime.watch().stops_after(step)
+        if number is None or self._is_over():
+            return
+        if self._saved_step != step:
+            self._save(best=False)
+        raise StoppedError(number, step)
 
     def _stopped_early(self) -> None:
         if self.progress.losses:
@@ -112,35 +124,69 @@ class Trainer:
             f"{self.config.run.best_metric} than that of step {self.progress.best_step}"
         )
 
-    def _selects_after(self, step: int) -> bool:
-        """Whether layers are chosen after `step`; not after the last, when nothing would train them."""
-        return self.chooser.is_due(step) and step < self.max_steps
+    def _train_step(self) -> list[dict[str, torch.Tensor]]:
+        """One global batch: this rank's micro-batches, then the update. Returns the micro-batches."""
+        step = self.progress.step
+        rate = self._learning_rate(step)
+        self.engine.module.train()
+        total = torch.zeros((), device=self.device)
+        batches = []
+        runtime.doing(f"batch of step {step + 1}")
+        for batch in self._micro_batches(step):
+            examples, tokens = batch["input_ids"].shape
+            runtime.doing(f"gradients of step {step + 1}, a micro-batch of {examples} x {tokens} tokens")
+            with self.layers.scoring(batch, step + 1):
+                total += self.engine.forward_backward(batch)
+            batches.append(batch)
+            runtime.doing(f"update of step {step + 1}")
+            self.engine.step(rate)
+        self.progress.step = step + 1
+        if self.engine.skipped:
+            self._skip(batches)
+        else:
+            self.window.add(total / self.engine.accumulation_steps)
+            self.progress.updated(self.engine.selected)
+        self.tracker.advance(self.progress.step)
+        return batches
 
-    def _train_step(self) -> None:
-        """One global batch: this rank's micro-batches, then the update."""
-        step, optim = self.progress.step, self.config.optim
-        scoring = self.chooser.needs_scores and self._selects_after(step + 1)
-        fresh = self.config.tuning.scores == "fresh"
-        rate = learning_rate(
+    def _learning_rate(self, step: int) -> float:
+        """Of the optimizer step `step`, counted from 0."""
+        optim = self.config.optim
+        return learning_rate(
             step,
             peak=optim.lr,
             warmup_steps=optim.warmup_steps,
             max_steps=self.max_steps,
             schedule=optim.schedule,
         )
-        self.engine.module.train()
-        total = torch.zeros((), device=self.device)
-        self._batches = []
-        for batch in self._micro_batches(step):
-            with self._scored(batch, self.engine.gradient_factor, fresh) if scoring else contextlib.nullcontext():
-                total += self.engine.forward_backward(batch)
-            self._batches.append(batch)
-            self.engine.step(rate)
-        self._window.append(total / self.engine.accumulation_steps)
-        self.progress.step = step + 1
-        for layer in self.engine.selected:
-            self.progress.trained_steps[layer] += 1
-        self.tracker.advance(self.progress.step)
+
+    def _skip(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Count a step whose loss or gradients were not finite.
+
+        Raises:
+            TrainingError: after too many in a row; names step, examples, and where the first such number arose.
+        """
+        progress, limit = self.progress, self.config.run.max_skipped_steps
+        progress.passed_over()
+        self.tracker.say(
+            f"step {progress.step} is skipped: its loss or gradients are not finite "
+            f"({progress.skipped_in_a_row} in a row, {progress.skipped} in all)"
+        )
+        if progress.skipped_in_a_row < limit:
+            return
+        runtime.doing(f"search for what is not finite in step {progress.step}")
+        plan = self.plan.step(progress.step - 1)[runtime.rank() :: runtime.launched_world_size()]
+        ids = [[self.corpus.splits["train"][i].id for i in positions] for positions in plan]
+        origins = [find_origin(self.engine, batch) for batch in batches]
+        mine = [(origin, names) for origin, names in zip(origins, ids) if origin is not None]
+        found = [entry for entries in runtime.all_gather_object(mine) for entry in entries]
+        where = "; ".join(f"{origin}, in a batch of the examples {', '.join(names)}" for origin, names in found)
+        raise TrainingError(
+            f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradients that are not "
+            f"finite (run.max_skipped_steps {limit}). The first such number is in "
+            f"{where or 'gradients of parameters only: the loss and all layers are finite'}. Lower optim.lr, or use "
+            "model.dtype float32"
+        )
 
     def _micro_batches(self, step: int):
         """This rank's micro-batches of a step as tensors on the device, each with its own dropout seed."""
@@ -148,8 +194,8 @@ class Trainer:
         examples = self.corpus.splits["train"]
         plan = self.plan.step(step)
         for positions in plan:
-            self._tokens += sum(self.plan.lengths[i] for i in positions)
-            self._examples += len(positions)
+            self.window.tokens += sum(self.plan.lengths[i] for i in positions)
+            self.window.examples += len(positions)
         for number in range(rank, len(plan), world):
             # Seeded by place in the plan, not by rank: any split over ranks draws the same dropout.
             torch.manual_seed(runtime.derived_seed(self.config.run.seed, "micro-batch", step, number))
@@ -160,121 +206,30 @@ class Trainer:
                 self.device,
             )
 
-    # ----- selection -----
-
-    def _scored(self, batch: dict[str, torch.Tensor], factor: float, all_layers: bool):
-        return self.scores.micro_batch(batch["attention_mask"], all_layers=all_layers, factor=factor)
-
-    def _first_selection(self) -> None:
-        """Choose before any update, so that no step trains all layers."""
-        self.progress.trained_steps = [0] * self.num_layers
-        chosen = self.chooser.first()
-        if chosen is not None:
-            self._train_layers(chosen, None, time.perf_counter())
-            return
-        self.engine.module.train()
-        for batch in self._micro_batches(0):
-            with self._scored(batch, 1.0, all_layers=True):
-                self.engine.probe(batch, backward=self.scores.needs_gradients)
-        self._tokens = self._examples = 0
-        self._select()
-
-    def _select(self) -> None:
-        """Choose layers from what this step showed, and train them from the next step on."""
-        started = time.perf_counter()
-        raw = self.scores.reduce() if self.chooser.needs_scores else None
-        sign = 1.0 if self.scores.higher_is_important else -1.0
-        signed = None if raw is None else [None if score is None else sign * score for score in raw]
-        seen = Observation(self.progress.step, signed, self.engine.selected, self._trials())
-        chosen = self.chooser.choose(seen)
-        self._check_scores()
-        self._train_layers(chosen, raw, started)
-
-    def _trials(self) -> list[tuple[list[int], float]]:
-        """Mean loss of the step's micro-batches on all ranks, under each set of layers that the chooser suppresses."""
-        sets = self.chooser.trials(self.progress.step) if self._batches else []
-        if not sets:
-            return []
-        self.engine.module.eval()  # the same answer for any split over ranks: no dropout
-        losses = [torch.stack([self.engine.trial(batch, layers) for batch in self._batches]).mean() for layers in sets]
-        self.engine.module.train()
-        mean = runtime.all_reduce(torch.stack(losses)) / runtime.launched_world_size()
-        return list(zip(sets, mean.tolist()))
-
-    def _train_layers(self, chosen: list[int], raw: list[float | None] | None, started: float) -> None:
-        verify_selection(chosen, self.num_layers, self.device)
-        changed = chosen != self.engine.selected
-        self.engine.reselect(chosen)
-        self.progress.state_bytes.append(self.engine.optimizer_state_bytes())
-        self.tracker.selection(
-            {
-                "step": self.progress.step,
-                "scores": raw,
-                "selected": chosen,
-                "changed": changed,
-                "seconds": time.perf_counter() - started,
-                "num_layers": self.num_layers,
-            }
-        )
-
-    def _check_scores(self) -> None:
-        """Stop when scores have not been finite for too long."""
-        bad, limit = getattr(self.chooser, "bad_in_a_row", 0), self.config.tuning.max_bad_scores
-        if bad:
-            self.tracker.say(
-                f"step {self.progress.step}: a layer score is not finite ({bad} in a row); layers are kept"
-            )
-        if bad >= limit:
-            raise TrainingError(
-                f"step {self.progress.step}: {bad} selections in a row had scores that are not finite "
-                f"(tuning.max_bad_scores {limit}); lower optim.lr, or use model.dtype float32"
-            )
-
     # ----- records -----
 
-    def _drain(self) -> list[float]:
-        """Mean losses over ranks of the steps since the last log line, oldest first. Collective.
-
-        Raises:
-            TrainingError: when one is not finite; nothing is saved after such a step.
-        """
-        if self._window:
-            window = runtime.all_reduce(torch.stack(self._window)) / runtime.launched_world_size()
-            self.progress.losses += window.tolist()
-            self._window = []
-        losses, step = self.progress.losses, self.progress.step
-        bad = [step - len(losses) + 1 + i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if bad:
-            raise TrainingError(f"the loss is not finite at steps {bad}; lower optim.lr, or use model.dtype float32")
-        return losses
-
     def _log(self) -> None:
-        """Reduce and record the losses since the last line."""
-        losses = self._drain()
-        self.progress.losses = []
+        """Reduce and record the losses since the last line. Collective."""
+        runtime.doing(f"log line of step {self.progress.step}")
+        self.window.drain()
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         step, norm, limit = self.progress.step, self.engine.grad_norm(), self.config.optim.max_grad_norm
+        tokens, examples = self.window.tokens, self.window.examples
         self.tracker.train(
             {
                 "step": step,
-                "loss": sum(losses) / len(losses),
-                "lr": learning_rate(
-                    step - 1,
-                    peak=self.config.optim.lr,
-                    warmup_steps=self.config.optim.warmup_steps,
-                    max_steps=self.max_steps,
-                    schedule=self.config.optim.schedule,
-                ),
-                "grad_norm": norm,
+                "loss": self.window.mean(),
+                "lr": self._learning_rate(step - 1),
+                "grad_norm": norm if math.isfinite(norm) else None,
                 "clipped": int(0 < limit < norm),
+                "skipped_steps": self.progress.skipped,
                 "layers_selected": len(self.engine.selected),
-                "tokens_per_second": self._tokens / seconds,
-                "examples_per_second": self._examples / seconds,
+                "tokens_per_second": tokens / seconds,
+                "examples_per_second": examples / seconds,
                 "seconds": seconds,
             }
         )
-        self._tokens = self._examples = 0
         self.tracker.memory(
             {
                 "step": step,
@@ -302,6 +257,7 @@ class Trainer:
         return predictions
 
     def _evaluate_and_save(self) -> None:
+        runtime.doing(f"evaluation after step {self.progress.step}")
         predictions = self.predict("dev")
         values = metrics(predictions, self.corpus.labels)
         self._last = (self.progress.step, predictions)
@@ -323,7 +279,8 @@ class Trainer:
 
     def _save(self, *, best: bool) -> None:
         """Write a checkpoint. Collective."""
-        self._drain()  # the losses since the last log line are kept
+        runtime.doing(f"checkpoint of step {self.progress.step}")
+        self.window.drain()  # the losses since the last log line are kept
         trainable = self.engine.trainable(self._saved_layers())
         tensors, steps = self.engine.full_state()
         with runtime.shared_errors():
@@ -336,6 +293,7 @@ class Trainer:
                     "run": self.identity,
                 }
                 self.checkpoints.save(self.progress.step, trainable, tensors, state, best=best)
+        self._saved_step = self.progress.step
 
     def _saved_layers(self) -> list[int] | None:
         """Layers whose weights a checkpoint needs: of a model's own weights, only those that ever trained."""
@@ -351,6 +309,8 @@ class Trainer:
 
     def finish(self, folder: Path) -> dict[str, Any]:
         """Evaluate with the best weights: dev, and test once; write predictions and adapter. Returns the metrics."""
+        runtime.doing("evaluation of the best weights")
+        self.engine.end_training()
         if self._last is None or self._last[0] != self.progress.best_step:
             best = self.checkpoints.folder / f"step_{self.progress.best_step}"
             with runtime.shared_errors():

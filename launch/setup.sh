@@ -11,7 +11,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 install_requirements() {
     local wanted stamp=$VENV/.irtune-requirements
-    wanted=$(cksum "$ROOT/requirements.txt")
+    wanted=$(cksum <"$ROOT/requirements.txt")
     if [[ -f $stamp && $(cat "$stamp") == "$wanted" ]]; then
         return
     fi

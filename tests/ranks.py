@@ -4,6 +4,7 @@ torch, transformers and deepspeed, so that a start costs a fraction of a second.
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0, only: int | None = None
+) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks; returns their results in rank order.
+
+    With `only`, wait for that rank alone and kill the others: their results are None.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, or when ranks do not end in time.
@@ -36,17 +41,17 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         process.start()
     results: dict[int, Any] = {}
     try:
-        while len(results) < world_size:
+        while len(results) < world_size and only not in results:
             rank, error, value = queue.get(timeout=timeout)
             assert error is None, f"rank {rank} of {world_size} failed:\n{error}"
             results[rank] = value
     finally:
         for process in processes:
-            process.join(timeout=10 if len(results) == world_size else 0.5)
+            process.join(timeout=10 if len(results) == world_size else 0.1)
             if process.is_alive():
                 process.kill()
                 process.join()
-    return [results[rank] for rank in range(world_size)]
+    return [results.get(rank) for rank in range(world_size)]
 
 
 def _child(queue: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple) -> None:
@@ -66,3 +71,35 @@ def _child(queue: Any, rank: int, world_size: int, port: int, function: Callable
         queue.put((rank, None, function(*args)))
     except BaseException:
         queue.put((rank, traceback.format_exc(), None))
+
+
+def kill_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, victims: list[int], when: Callable[[], None]
+) -> float:
+    """Start `function(*args)` on `world_size` ranks, wait for `when`, and kill `victims` with SIGKILL.
+
+    Returns:
+        Seconds until the other ranks have ended by themselves.
+
+    Raises:
+        AssertionError: when one of them has not after 60 s.
+    """
+    port = free_port()
+    queue = _server.Queue()
+    processes = [
+        _server.Process(target=_child, args=(queue, rank, world_size, port, function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    when()
+    killed = time.monotonic()
+    for rank in victims:
+        processes[rank].kill()
+    for process in processes:
+        process.join(timeout=max(0.0, killed + 60 - time.monotonic()))
+    left = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in left:
+        processes[rank].kill()
+    assert not left, f"ranks {left} were still there 60 s after {victims} had been killed"
+    return time.monotonic() - killed

@@ -10,12 +10,26 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "irtune").rglob("*.py"))
 # Floors from the ground up; a room imports only from floors below its own.
 FLOORS = [
-    {"errors", "launcher", "kernels", "pictures"},
+    {"errors", "launcher", "kernels", "pictures", "recompute", "zero"},
+    {"watch"},
     {"config", "runtime", "schedule"},
-    {"selection", "models", "data", "checkpoint", "tracking", "losses", "memory", "optimizer_state"},
+    {"quantization"},
+    {
+        "selection",
+        "models",
+        "data",
+        "checkpoint",
+        "tracking",
+        "losses",
+        "memory",
+        "optimizer_state",
+        "progress",
+        "faults",
+    },
     {"adapters", "shapes"},
     {"importance", "evaluation", "signal_noise", "planner"},
     {"engine"},
+    {"layer_choice", "diagnosis"},
     {"trainer", "prepare"},
     {"app"},
     {"compare", "inference"},
@@ -24,8 +38,8 @@ FLOORS = [
     {"__main__"},
 ]
 ONLY = {
-    "deepspeed": {"engine"},
-    "bitsandbytes": {"models"},
+    "deepspeed": {"engine", "zero"},
+    "bitsandbytes": {"quantization"},
     "tensorboard": {"tracking"},
     "matplotlib": {"compare", "pictures"},
 }

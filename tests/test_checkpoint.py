@@ -10,7 +10,7 @@ import torch
 from irtune.checkpoint import MANIFEST, OPTIMIZER, STATE, TRAINABLE, Checkpoints, find_damage
 from irtune.errors import CheckpointError
 from tests.ranks import run_ranks
-from tests.test_runs import losses, selections, train
+from tests.runs import losses, selections, train
 from tests.tiny import tiny_config
 
 quick = pytest.mark.quick

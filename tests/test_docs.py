@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import yaml
 
 import irtune
+from irtune import errors, schedule
 from irtune.commands import COMMANDS
-from irtune.config.load import SECTIONS, known_keys
+from irtune.config.load import SECTIONS, known_keys, load_config
 from irtune.config.presets import MODELS
 from irtune.config.reference import reference
 from irtune.config.schema import TuningConfig
@@ -22,11 +24,15 @@ from irtune.config.validate import ADAPTER_TYPES
 from irtune.data.corpus import SPLITS
 from irtune.data.prompts import INSTRUCTION, PAIR_SEPARATOR, TAGGED
 from irtune.data.tables import SUFFIXES
+from tests import api_reference
 
 pytestmark = pytest.mark.quick
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *DOCS]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 SCRIPTS = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".yaml", ".py"))
 RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -46,6 +52,22 @@ def page(name: str) -> str:
 def test_the_configuration_page_is_up_to_date():
     made = "python -m irtune.config.reference > docs/configuration.md"
     assert page("configuration.md") == reference(), f"out of date; run: {made}"
+
+
+def test_the_api_page_is_up_to_date():
+    made = "python -m tests.api_reference > docs/api.md"
+    assert page("api.md") == api_reference.reference(), f"out of date; run: {made}"
+
+
+def test_the_api_page_has_what_is_public_and_nothing_of_this_machine():
+    text = page("api.md")
+    sections = dict(re.findall(r"^## (irtune\S*)\n\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert "split_layers(" in sections["irtune.selection.split"] and "Raises:" in text
+    for module, names in {"irtune.errors": errors, "irtune.schedule": schedule}.items():
+        public = [name for name, item in vars(names).items() if getattr(item, "__module__", "") == module]
+        assert public and all(re.search(rf"^### (class )?{name}\b", sections[module], re.MULTILINE) for name in public)
+    assert not re.search(r"0x[0-9a-f]{6}|/home/|/tmp/|/root/", text)
+    assert not any(name.startswith("irtune.commands") for name in sections)
 
 
 def test_the_reference_needs_no_torch():
@@ -83,6 +105,20 @@ def test_links_lead_somewhere(file):
             assert anchor in anchors(there.read_text(encoding="utf-8")), f"{relative(file)}: {target}"
 
 
+def test_every_page_can_be_reached_from_the_readme():
+    reached, queue = set(), [ROOT / "README.md"]
+    while queue:
+        file = queue.pop()
+        if file in reached or file.suffix != ".md" or not file.is_file():
+            continue
+        reached.add(file)
+        targets = re.findall(r"\]\(([^)#\s]+)", BLOCK.sub("", file.read_text(encoding="utf-8")))
+        queue += [(file.parent / target).resolve() for target in targets if "://" not in target]
+    assert not {relative(file) for file in set(PAGES) - reached}
+    direct = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [file.name for file in DOCS if f"](docs/{file.name})" not in direct]
+
+
 @pytest.mark.parametrize("file", [*PAGES, *SCRIPTS], ids=relative)
 def test_every_key_and_command_that_is_mentioned_exists(file):
     text = file.read_text(encoding="utf-8")
@@ -99,6 +135,45 @@ def test_every_adapter_type_and_method_is_described():
     methods = get_args(TuningConfig.__dataclass_fields__["method"].type)
     missing = {*ADAPTER_TYPES, *methods} - rows
     assert not missing, f"no row in a table of docs/adapters.md or docs/method.md: {missing}"
+
+
+# ----- the README -----
+
+
+def readme_section(title: str) -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_published_command_and_ours_agree_row_by_row():
+    section = readme_section("The published command, and the same here")
+    (command,) = [content for language, content in BLOCK.findall(section) if language == "bash"]
+    line = shlex.split(command.replace("\\\n", " "), comments=True)
+    config = load_config(line[line.index("train.py") + 1 :])
+    rows = [row.strip("| ").split(" | ") for row in section.splitlines() if row.startswith("| ") and "`" in row]
+    said = [re.match(r"([a-z_]+)\.([a-z_]+): (.+)$", item) for row in rows for item in re.findall(r"`([^`]+)`", row[2])]
+    settings = [match.groups() for match in said if match is not None]
+    assert len(rows) >= 15 and len(settings) >= 25
+    for part, key, value in settings:
+        assert getattr(getattr(config, part), key) == yaml.safe_load(value), f"{part}.{key}"
+    published = {option for row in rows for option in re.findall(r"`(--[a-z0-9-]+)`", row[0])}
+    wanted = "model-name dataset-name adapter-name importance-metric-name tuning-method batch-size " \
+             "per-device-train-batch-size use-instruction"  # fmt: skip
+    assert {f"--{name}" for name in wanted.split()} <= published
+
+
+def test_results_have_the_commands_that_made_them():
+    section = readme_section("Results so far")
+    commands = [line for line in section.splitlines() if line.startswith("python -m irtune compare ")]
+    made = {file: file.read_text(encoding="utf-8") for file in (ROOT / "docs/results").glob("*/compare.md")}
+    assert len(commands) == 2
+    for number, command in enumerate(commands, 1):
+        (text,) = [text for text in made.values() if f"Command: `{command}`" in text]
+        rows = [row.strip("|").split("|") for row in section.splitlines() if row.endswith(f"| command {number} |")]
+        assert rows
+        for row in rows:  # accuracy, macro-F1 and AUPRC, in one row of that table
+            wanted = " | ".join(re.sub(r"(?<![0-9])\.", "0.", cell.strip()) for cell in row[2:5])
+            assert wanted in text, wanted
 
 
 # ----- data formats -----
@@ -129,6 +204,8 @@ def test_recipes_start_with_their_launch_line(recipe):
     comment = text[: text.index("deepspeed: ")]
     assert all(line.startswith("#") for line in comment.splitlines())
     assert f"train.py --config {relative(recipe)} --data.path " in comment
+    for options in re.findall(r"^# .*train\.py (--config .*)$", comment, re.MULTILINE):
+        load_config(shlex.split(options))
     model = yaml.safe_load(text)["model"]["name_or_path"]
     if model in MODELS:
         assert f"preset: {MODELS[model]}" in text, "the comment names another model than the preset"

@@ -195,7 +195,7 @@ def test_ranks_that_disagree_stop_with_names():
 def test_the_private_parts_of_deepspeed_are_there():
     import deepspeed
 
-    from irtune.engine import check_version
+    from irtune.zero import check_version
 
     assert deepspeed.__version__.split("+")[0] == "0.19.8"
     check_version()

@@ -11,7 +11,7 @@ from irtune.data import read_corpus
 from irtune.data.folds import fold_of
 from irtune.errors import DataError
 from tests.ranks import run_ranks
-from tests.test_runs import records, train
+from tests.runs import records, train
 from tests.tiny import tiny_config
 
 quick = pytest.mark.quick

@@ -150,3 +150,76 @@ def test_damaged_models_are_named(tmp_path, llama, damage):
 
 def test_the_longest_input_is_known(bert):
     assert longest_input(load_classifier(ModelConfig(name_or_path=str(bert)), ["a", "b"])) == 512
+
+
+# ----- files -----
+
+
+@pytest.fixture
+def pickled(tmp_path, llama):
+    """The tiny model with its weights as pickles."""
+    from safetensors.torch import load_file
+
+    for file in llama.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(llama / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    return tmp_path
+
+
+def test_pickles_are_refused_unless_they_are_allowed(pickled, llama):
+    with pytest.raises(ModelError, match=r"no weights in safetensors .* set model\.allow_pickle to true"):
+        load_classifier(ModelConfig(name_or_path=str(pickled), dtype="float32"), ["a", "b"])
+    allowed = load_classifier(ModelConfig(name_or_path=str(pickled), dtype="float32", allow_pickle=True), ["a", "b"])
+    plain = load_classifier(ModelConfig(name_or_path=str(llama), dtype="float32"), ["a", "b"])
+    for name, parameter in plain.model.model.named_parameters():
+        assert torch.equal(parameter, allowed.model.model.get_parameter(name))
+
+
+def test_pickles_beside_safetensors_are_not_read(tmp_path, llama):
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
+    for allow in (False, True):
+        load_classifier(ModelConfig(name_or_path=str(tmp_path), allow_pickle=allow), ["a", "b"])
+
+
+def test_pickles_of_the_hub_are_refused_in_the_same_words(monkeypatch, llama):
+    """transformers' own message advises an option that users do not have."""
+
+    def answer(*_arguments, **options):
+        assert options["use_safetensors"] is True
+        raise OSError("someone/model does not have model.safetensors. Please do not set `use_safetensors=True`.")
+
+    monkeypatch.setattr("irtune.models.AutoModelForSequenceClassification.from_pretrained", answer)
+    with pytest.raises(ModelError, match=r"no weights in safetensors .* set model\.allow_pickle to true") as caught:
+        load_classifier(ModelConfig(name_or_path=str(llama)), ["a", "b"])
+    assert "use_safetensors" not in str(caught.value)
+
+
+@pytest.fixture
+def in_shards(tmp_path, llama):
+    """The tiny model in several files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path, max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_shards_that_are_missing_are_named(in_shards, quantization):
+    config = ModelConfig(name_or_path=str(in_shards), dtype="float32", quantization=quantization)
+    whole = load_classifier(config, ["a", "b"])
+    assert whole.anatomy.num_layers == 6
+    shards = sorted(in_shards.glob("*.safetensors"))
+    assert len(shards) >= 3
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=rf"lacks {shards[1].name} \(1 of the {len(shards)} files .* missing\)"):
+        load_classifier(config, ["a", "b"])
+
+
+def test_an_index_that_is_damaged_is_named(in_shards):
+    (in_shards / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json does not say which file holds which weight"):
+        load_classifier(ModelConfig(name_or_path=str(in_shards)), ["a", "b"])

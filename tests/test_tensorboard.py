@@ -25,7 +25,7 @@ from tensorboard.util import tensor_util
 from irtune import pictures, tracking
 from irtune.tracking import Tracker
 from tests.ranks import free_port, run_ranks
-from tests.test_runs import train
+from tests.runs import train
 from tests.tiny import tiny_config
 
 LABELS = ("clarity", "coherence", "fluency", "meaning-changed", "style")
@@ -131,7 +131,16 @@ def selection(step: int, selected: list[int], scores: list[float | None] | None 
 
 
 def train_record(step: int) -> dict:
-    names = ("loss", "lr", "grad_norm", "clipped", "layers_selected", "tokens_per_second", "examples_per_second")
+    names = (
+        "loss",
+        "lr",
+        "grad_norm",
+        "clipped",
+        "skipped_steps",
+        "layers_selected",
+        "tokens_per_second",
+        "examples_per_second",
+    )
     return {"step": step} | dict.fromkeys(names, 1.0)
 
 

@@ -102,13 +102,19 @@ class Rig:
     """An engine over a tiny model, fed with seeded micro-batches, for tests that look at weights and bytes."""
 
     def __init__(self, model: Path, stage: int, dtype: str = "float32", accumulation: int = 1, **options: Any):
-        """`dtype`: float32; bfloat16 (adapters too); or mixed (fp32 adapters over a bf16 model)."""
+        """`dtype`: float32; bfloat16 (adapters too); or mixed (fp32 adapters over a bf16 model).
+
+        Options: quantization; adapter, a map of settings; zero, a map of the JSON's; weight_decay; others are Engine's.
+        """
         self.world = runtime.read_world()
         runtime.start(self.world, 60)
         runtime.seed_everything(0, deterministic=False)
         base = "float32" if dtype == "float32" else "bfloat16"
-        self.classifier = load_classifier(ModelConfig(name_or_path=str(model), dtype=base), ["a", "b", "c"])
-        adapter = AdapterConfig(r=4, dtype="model" if dtype == "bfloat16" else "float32")
+        config = ModelConfig(name_or_path=str(model), dtype=base, quantization=options.pop("quantization", "none"))
+        self.classifier = load_classifier(config, ["a", "b", "c"])
+        adapter = AdapterConfig(
+            **{"r": 4, "dtype": "model" if dtype == "bfloat16" else "float32"} | options.pop("adapter", {})
+        )
         self.projections = output_projections(self.classifier.model, self.classifier.anatomy)
         network, self.table = add_adapters(self.classifier, adapter)
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0} | options.pop("zero", {})

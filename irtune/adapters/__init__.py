@@ -8,6 +8,8 @@ from irtune.adapters.saved import load_adapter, write_adapter
 from irtune.adapters.scaling import remember_origins, suppressed
 from irtune.adapters.table import LayerTable, build_table
 from irtune.config.schema import AdapterConfig
+from irtune.config.validate import PLAIN_BASE
+from irtune.errors import ConfigError
 from irtune.models import Classifier
 
 __all__ = [
@@ -27,6 +29,8 @@ def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Mod
     Raises:
         ConfigError, ModelError: when the type's settings do not fit the model.
     """
+    if adapter.type in PLAIN_BASE and getattr(classifier.model, "is_quantized", False):
+        raise ConfigError(f"adapter.type {adapter.type} needs model.quantization none")
     kind = importlib.import_module(f"irtune.adapters.kinds.{adapter.type.replace('-', '_')}")
     model = kind.build(classifier, adapter)
     table = build_table(

@@ -17,8 +17,8 @@ def layer_biases(layer: nn.Module, wanted: Callable[[str], bool] = lambda name: 
     if not any(name.rpartition(".")[2] == "bias" for name, _ in layer.named_parameters()):
         for name, module in layer.named_modules():
             if is_linear(module) and wanted(name):
-                dtype = module.weight.dtype if module.weight.dtype.is_floating_point else torch.bfloat16
-                module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=module.weight.device))
+                weight = module.weight
+                module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=weight.dtype, device=weight.device))
     return [
         parameter
         for name, parameter in layer.named_parameters()

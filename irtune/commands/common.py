@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from irtune import runtime
+from irtune.config.safety import RISKS, redact
 from irtune.runtime import World
 
 TIMEOUT_SECONDS = 1800
@@ -23,8 +24,20 @@ def parser(name: str, description: str, example: str) -> argparse.ArgumentParser
 
 def add_run(options: argparse.ArgumentParser) -> None:
     """The options of every command that loads a run."""
-    options.add_argument("--run", required=True, type=_folder, help="folder of a finished run (its run.output_dir)")
+    add_folder(options)
     options.add_argument("--batch_size", type=_positive, default=16, help="examples per forward pass (default 16)")
+
+
+def add_folder(options: argparse.ArgumentParser) -> None:
+    """--run, and what a run's folder may not decide by itself."""
+    options.add_argument("--run", required=True, type=a_path, help="folder of a finished run (its run.output_dir)")
+    for risk in RISKS:
+        options.add_argument(f"--{risk}", action="store_true", help=f"the run's model.{risk} is meant")
+
+
+def trusted(given: argparse.Namespace) -> list[str]:
+    """What the user asks for of `RISKS`."""
+    return [risk for risk in RISKS if getattr(given, risk)]
 
 
 def add_json(options: argparse.ArgumentParser) -> None:
@@ -32,8 +45,15 @@ def add_json(options: argparse.ArgumentParser) -> None:
     options.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def _folder(text: str) -> Path:
-    return Path(text).expanduser()
+def a_path(text: str) -> Path:
+    """A path of the command line; `~` is understood."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, another's folder, a user that does not exist
+        reason = getattr(error, "strerror", None) or str(error)
+        raise argparse.ArgumentTypeError(f"{redact(text)[:200]!r} is no usable path: {reason}") from None
+    return path
 
 
 def _positive(text: str) -> int:

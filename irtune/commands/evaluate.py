@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from irtune import runtime
 from irtune.checkpoint import writing
-from irtune.commands.common import add_json, add_run, parser, ranks, show, show_json, table
+from irtune.commands.common import a_path, add_json, add_run, parser, ranks, show, show_json, table, trusted
 from irtune.compare.significance import intervals
 from irtune.data import Example, read_split
 from irtune.evaluation import Predictions, metrics
@@ -33,11 +33,11 @@ def main(arguments: Sequence[str]) -> int:
     add_json(options)
     options.add_argument("--data", required=True, help="file, folder or hub id, with the columns of the run")
     options.add_argument("--split", choices=("dev", "test", "train"), default="test", help="split (default test)")
-    options.add_argument("--output_dir", type=Path, help="folder of the results (default: RUN/evaluation_SPLIT)")
+    options.add_argument("--output_dir", type=a_path, help="folder of the results (default: RUN/evaluation_SPLIT)")
     given = options.parse_args(list(arguments))
     with ranks() as world:
         with runtime.shared_errors():
-            run = load_run(given.run, world.device)
+            run = load_run(given.run, world.device, trusted=trusted(given))
             data = dataclasses.replace(run.config.data, path=given.data, train=None, dev=None, test=None)
             examples = read_split(data, given.split, run.labels)
         predictions = run.predict(examples, given.batch_size)
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> int:
             folder = given.output_dir or given.run / f"evaluation_{given.split}"
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "evaluation.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+                text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+                (folder / "evaluation.json").write_text(text, encoding="utf-8")
                 confusion_map(found["confusion_matrix"], run.labels).savefig(folder / "confusion_matrix.png", dpi=120)
             show_json(found) if given.json else show(_text(found, run.labels, folder))
     return 0

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from irtune.checkpoint import writing
-from irtune.commands.common import parser, show
+from irtune.commands.common import a_path, add_folder, parser, show, trusted
 from irtune.data import Example, collate
 from irtune.errors import ConfigError, RunError
-from irtune.inference import LoadedRun, is_peft_adapter, load_run, read_run
+from irtune.inference import ADAPTER_FILES, LoadedRun, is_peft_adapter, load_run, read_run
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
 PROBES = (
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str]) -> int:
         "loads: fp32 safetensors, checked to give the run's probabilities to 1e-4.",
         "python -m irtune export --run runs/mine --to exported --merge",
     )
-    options.add_argument("--run", required=True, type=Path, help="folder of a finished run")
-    options.add_argument("--to", required=True, type=Path, help="new folder")
+    add_folder(options)
+    options.add_argument("--to", required=True, type=a_path, help="new folder")
     options.add_argument("--merge", action="store_true", help="merge the adapter into the base model")
     given = options.parse_args(list(arguments))
-    source, target = given.run.expanduser(), given.to.expanduser()
+    source, target = given.run, given.to
     read_run(source)  # a run, and finished?
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise ConfigError(f"--to {str(target)!r} is there already and not empty; accepted: a new folder")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with writing(target):
             scratch.mkdir(parents=True)
-            _merged(source, scratch) if given.merge else _adapter(source, scratch)
+            _merged(source, scratch, trusted(given)) if given.merge else _adapter(source, scratch)
             scratch.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -56,14 +56,15 @@ def main(arguments: Sequence[str]) -> int:
 def _adapter(source: Path, target: Path) -> None:
     config, results = read_run(source)
     is_peft_adapter(source / "adapter")
-    shutil.copytree(source / "adapter", target, dirs_exist_ok=True)
+    for name in ADAPTER_FILES:  # by name: whatever else, or whatever link, is in the folder stays there
+        shutil.copyfile(source / "adapter" / name, target / name)
     (target / "README.md").write_text(model_card(config, results, merged=False), encoding="utf-8")
 
 
-def _merged(source: Path, target: Path) -> None:
+def _merged(source: Path, target: Path, trust: list[str]) -> None:
     """Merge in fp32: in a lower precision the sum of base and update would be rounded again."""
     config, results = read_run(source)
-    run = load_run(source, torch.device("cpu"), dtype="float32")
+    run = load_run(source, torch.device("cpu"), dtype="float32", trusted=trust)
     wanted = _probabilities(run, run.model)
     merged: Any = run.model
     if hasattr(merged, "merge_and_unload"):

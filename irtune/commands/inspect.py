@@ -9,11 +9,13 @@ import numpy as np
 from PIL import Image
 
 from irtune.checkpoint import writing
-from irtune.commands.common import add_json, parser, show, show_json, table
+from irtune.commands.common import a_path, add_json, parser, show, show_json, table
+from irtune.config.plausible import brief
 from irtune.errors import RunError
 from irtune.pictures import arrays, rgb, row, score_map, trained_map
 
 BAR = 24
+MAX_LAYERS = 10_000
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,10 +26,10 @@ def main(arguments: Sequence[str]) -> int:
         "Writes layers.png into the run folder.",
         "python -m irtune inspect --run runs/mine",
     )
-    options.add_argument("--run", required=True, type=Path, help="folder of a run")
+    options.add_argument("--run", required=True, type=a_path, help="folder of a run")
     add_json(options)
     given = options.parse_args(list(arguments))
-    folder = given.run.expanduser()
+    folder = given.run
     found = inspect(folder)
     if given.json:
         show_json(found)
@@ -47,9 +49,51 @@ def read_selections(folder: Path) -> list[dict[str, Any]]:
     file = folder / "selection.jsonl"
     if not file.is_file():
         raise RunError(f"{folder} is no run folder: it has no selection.jsonl; accepted: a run.output_dir of training")
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    records = _records(file)
     if not records:
         raise RunError(f"the run in {folder} has not selected any layers yet")
+    layers = records[0].get("num_layers")
+    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
+        raise RunError(f"{file}, line 1: num_layers is {brief(layers)}; accepted: 1 to {MAX_LAYERS}")
+    for number, record in enumerate(records, 1):
+        scores, selected = record.get("scores") or [None] * layers, record.get("selected")
+        chosen = isinstance(selected, list) and all(isinstance(i, int) and 0 <= i < layers for i in selected)
+        scored = isinstance(scores, list) and all(isinstance(s, int | float | None) for s in scores)
+        if not (chosen and scored and len(scores) == layers and record.get("num_layers") == layers):
+            raise RunError(f"{file}, line {number} is damaged: it is no selection among {layers} layers")
+    return records
+
+
+def _results(file: Path) -> dict[str, Any]:
+    """The content of results.json; nothing where there is none yet."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
+        raise RunError(f"{file} is damaged: it is no JSON object with steps")
+    return found
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    """Objects with a step of a file of JSON lines. The last line may be cut, since a run may be writing it.
+
+    Raises:
+        RunError: naming the first line that is damaged.
+    """
+    records = []
+    lines = file.read_bytes().decode("utf-8", "replace").rstrip("\n").split("\n") if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        elif number < len(lines):
+            raise RunError(f"{file}, line {number} is damaged: it is no record of irtune")
     return records
 
 
@@ -63,25 +107,23 @@ def picture(records: Sequence[dict[str, Any]], steps: int) -> np.ndarray:
 def inspect(folder: Path) -> dict[str, Any]:
     """Layers, selections and optimizer state of a run, in plain JSON types."""
     records = read_selections(folder)
-    results_file, metrics_file = folder / "results.json", folder / "metrics.jsonl"
-    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else None
-    lines = metrics_file.read_text(encoding="utf-8").splitlines() if metrics_file.is_file() else []
-    logged = [json.loads(line) for line in lines]
+    results = _results(folder / "results.json")
+    logged = _records(folder / "metrics.jsonl")
     steps = results["steps"] if results else max((r["step"] for r in logged), default=records[-1]["step"])
-    memory = [record for record in logged if record["kind"] == "memory"]
+    memory = [record for record in logged if record.get("kind") == "memory"]
     trained = [0] * records[0]["num_layers"]
     for record, after in zip(records, [*(r["step"] for r in records[1:]), steps]):
         for layer in record["selected"]:
             trained[layer] += after - record["step"]
     scored = next((record["scores"] for record in reversed(records) if record["scores"]), [None] * len(trained))
     return {
-        "finished": results is not None,
+        "finished": bool(results),
         "steps": steps,
         "selections": len(records),
-        "changes": sum(record["changed"] for record in records),
+        "changes": sum(bool(record.get("changed")) for record in records),
         "selected": records[-1]["selected"],
-        "optimizer_state_bytes": memory[-1]["optimizer_state_bytes"] if memory else None,
-        "parked_state_bytes": memory[-1]["parked_state_bytes"] if memory else None,
+        "optimizer_state_bytes": memory[-1].get("optimizer_state_bytes") if memory else None,
+        "parked_state_bytes": memory[-1].get("parked_state_bytes") if memory else None,
         "layers": [
             {"layer": i, "steps": count, "share": count / steps if steps else 0.0, "last_score": score}
             for i, (count, score) in enumerate(zip(trained, scored))
@@ -104,7 +146,7 @@ def _text(found: dict[str, Any], folder: Path) -> str:
     width = max(map(len, lines))
     state = found["optimizer_state_bytes"]
     bytes_said = (
-        "" if state is None else f"optimizer state {state:,} bytes, parked {found['parked_state_bytes']:,} bytes\n"
+        "" if state is None else f"optimizer state {state:,} bytes, parked {found['parked_state_bytes'] or 0:,} bytes\n"
     )
     return (
         f"{folder}: {'finished' if found['finished'] else 'not finished'}, {found['steps']} steps, "

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from irtune.checkpoint import writing
-from irtune.commands.common import add_run, parser, ranks
+from irtune.commands.common import a_path, add_run, parser, ranks, trusted
 from irtune.data import Example, NumberedRows, parse_json_lines, read_table
+from irtune.data.cells import as_text, listed
 from irtune.errors import ConfigError, DataError
 from irtune.inference import LoadedRun, load_run
 
@@ -28,21 +29,25 @@ def main(arguments: Sequence[str]) -> int:
         "python -m irtune predict --run runs/mine --input new.csv --output labelled.csv",
     )
     add_run(options)
-    options.add_argument("--input", required=True, help="file, or - for JSON lines on standard input")
-    options.add_argument("--output", required=True, help=f"file ({', '.join(OUTPUT_SUFFIXES)}), or - for JSON lines")
+    options.add_argument(
+        "--input", required=True, type=_path_or_dash, help="file, or - for JSON lines on standard input"
+    )
+    options.add_argument(
+        "--output", required=True, type=_path_or_dash, help=f"file ({', '.join(OUTPUT_SUFFIXES)}), or - for JSON lines"
+    )
     options.add_argument("--before", help="column of the text before, where it is not the run's")
     options.add_argument("--after", help="column of the text after, where it is not the run's")
     given = options.parse_args(list(arguments))
-    target = None if given.output == "-" else Path(given.output).expanduser()
+    target = None if given.output == "-" else given.output
     if target is not None and target.suffix.lower() not in OUTPUT_SUFFIXES:
-        raise ConfigError(f"--output {given.output!r}: accepted: {', '.join(OUTPUT_SUFFIXES)}, or -")
+        raise ConfigError(f"--output {str(given.output)!r}: accepted: {', '.join(OUTPUT_SUFFIXES)}, or -")
     with ranks() as world:
         if given.input == "-" and world.size > 1:
             raise ConfigError("--input - is for one process: several ranks cannot share standard input; give a file")
         rows = _rows(given.input)
-        run = load_run(given.run, world.device)
+        run = load_run(given.run, world.device, trusted=trusted(given))
         columns = (given.before or run.config.data.before, given.after or run.config.data.after)
-        examples = to_examples(rows, given.input, *columns)
+        examples = to_examples(rows, str(given.input), *columns)
         started = time.perf_counter()
         probabilities = run.predict(examples, given.batch_size).probabilities.tolist()
         seconds = time.perf_counter() - started
@@ -52,10 +57,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _rows(source: str) -> NumberedRows:
-    if source != "-":
-        return read_table(Path(source).expanduser())
-    rows = parse_json_lines(sys.stdin.read(), "standard input")
+def _path_or_dash(text: str) -> Path | str:
+    return text if text == "-" else a_path(text)
+
+
+def _rows(source: Path | str) -> NumberedRows:
+    if isinstance(source, Path):
+        return read_table(source)
+    try:
+        rows = parse_json_lines(sys.stdin.read(), "standard input")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     if not rows:
         raise DataError("standard input has no rows; expected JSON lines such as "
                         '{"before": "I has a cat.", "after": "I have a cat."}')  # fmt: skip
@@ -73,14 +85,9 @@ def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) 
         texts = []
         for column in (before, after) if after is not None else (before,):
             if column not in row:
-                raise DataError(
-                    f"{where}, row {number}: no column {column!r}; columns: {', '.join(map(str, row))}; name others "
-                    "with --before and --after"
-                )
-            value = "" if row[column] is None else row[column]
-            if not isinstance(value, str):
-                raise DataError(f"{where}, row {number}, column {column!r}: expected text, not {value!r}")
-            texts.append(value)
+                known = f"columns: {listed(row)}; name others with --before and --after"
+                raise DataError(f"{where}, row {number}: no column {column!r}; {known}")
+            texts.append(as_text(row[column], f"{where}, row {number}, column {column!r}"))
         examples.append(Example(str(number), texts[0], texts[1] if after is not None else None, 0))
     return examples
 
@@ -93,7 +100,7 @@ def _write(target: Path | None, rows: NumberedRows, probabilities: list[list[flo
         found = {"predicted": run.labels[best], "probability": round(values[best], 6)}
         records.append((row, found, dict(zip(run.labels, (round(value, 6) for value in values)))))
     if target is None or target.suffix.lower() == ".jsonl":
-        lines = [json.dumps({**row, **found, "probabilities": every}, ensure_ascii=False) + "\n"
+        lines = [json.dumps({**row, **found, "probabilities": every}, ensure_ascii=False, default=str) + "\n"
                  for row, found, every in records]  # fmt: skip
         if target is None:
             sys.stdout.writelines(lines)

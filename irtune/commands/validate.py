@@ -1,5 +1,6 @@
 """`python -m irtune validate`: every error of a configuration at once, and what the model would see."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +9,9 @@ from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
 from irtune.config.engine_json import read_engine_json
 from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
-from irtune.engine import unknown_zero_keys
 from irtune.errors import ConfigError, IrtuneError
 from irtune.models import load_tokenizer
+from irtune.zero import unknown_zero_keys
 
 SHOWN = 3
 RARE = 20
@@ -34,8 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     if "--ranks" in rest:
         place = rest.index("--ranks")
         value = rest[place + 1] if place + 1 < len(rest) else ""
-        if not value.isdigit() or int(value) < 1:
-            raise ConfigError(f"--ranks is {value!r}; accepted: a whole number of at least 1")
+        if not re.fullmatch("[0-9]{1,6}", value) or int(value) < 1:
+            raise ConfigError(f"--ranks is {value[:100]!r}; accepted: a whole number of at least 1")
         ranks = int(value)
         del rest[place : place + 2]
     found = validate(load_config(rest), ranks)

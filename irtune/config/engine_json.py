@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from irtune.config.plausible import brief
 from irtune.config.schema import Config
+from irtune.config.validate import check_sharding
 
 # Decided by the recipe, so the JSON must not hold them at all.
 RECIPE_ONLY = {
@@ -25,6 +27,19 @@ KNOBS = {
 }  # fmt: skip
 
 
+# What a knob holds; "auto" goes everywhere.
+KINDS: dict[str, tuple[type, str]] = dict.fromkeys(
+    ("zero_optimization", "bf16", "fp16", "comms_logger", "flops_profiler", "aio"), (dict, "an object")
+) | {
+    "steps_per_print": (int, "a whole number"),
+    "communication_data_type": (str, "the name of a number format"),
+    "wall_clock_breakdown": (bool, "true or false"),
+    "memory_breakdown": (bool, "true or false"),
+    "dump_state": (bool, "true or false"),
+}
+MAX_BYTES = 2**20
+
+
 def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, Any], list[str]]:
     """Read and complete the file named by `config.deepspeed`; without a `world_size`, leave out what depends on it.
 
@@ -35,29 +50,55 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
     if path is None:
         return {}, [f"deepspeed: there is no file {config.deepspeed!r}"]
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        return {}, [f"deepspeed: {path} is not valid JSON: {error}"]
+        settings = _parse(path)
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [f"deepspeed: {path} is not valid JSON: {str(error)[:300]}"]
     if not isinstance(settings, dict):
         return {}, [f"deepspeed: {path} must hold an object, not a {type(settings).__name__}"]
     problems = _unknown(settings, path)
     for key in ("zero_optimization", "bf16", "fp16"):
-        if not isinstance(settings.setdefault(key, {}), dict):
-            problems.append(f"{path}: {key} must hold an object, not {settings[key]!r}")
+        settings.setdefault(key, {})
+    for key, (kind, words) in KINDS.items():
+        value = settings.get(key, "auto")
+        if value != "auto" and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            problems.append(f"{path}: {key} must hold {words}, not {brief(value)}")
     if problems:
         return {}, problems
     for key, (option, value) in _decided(config, world_size).items():
         given = _get(settings, key)
         if given not in (None, "auto", value):
-            problems.append(f'{path}: {key} is {given!r}, but {option} makes it {value!r}; write "auto"')
+            problems.append(f'{path}: {key} is {brief(given)}, but {option} makes it {value!r}; write "auto"')
         _set(settings, key, value)
     stage = settings["zero_optimization"].setdefault("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        problems.append(f"{path}: zero_optimization.stage is {stage!r}; accepted: 0, 1, 2, 3")
+        problems.append(f"{path}: zero_optimization.stage is {brief(stage)}; accepted: 0, 1, 2, 3")
+    problems += check_sharding(config.model.quantization, settings["zero_optimization"], path)
     # The optimizer is torch's AdamW: ZeRO must accept it, and offload must not insist on DeepSpeed's own.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     settings.setdefault("steps_per_print", 2**31)
     return settings, problems
+
+
+def _parse(path: Path) -> Any:
+    """The JSON of a file.
+
+    Raises:
+        OSError, ValueError, RecursionError: for what is no JSON, holds a key twice, or is far too large.
+    """
+    with path.open("rb") as source:
+        content = source.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes")
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON itself takes the last of two equal keys without a word."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the key {name!r} stands twice")
+    return dict(pairs)
 
 
 def _unknown(settings: dict[str, Any], path: Path) -> list[str]:
@@ -93,6 +134,8 @@ def _decided(config: Config, world_size: int | None) -> dict[str, tuple[str, Any
         "gradient_accumulation_steps": ("optim.gradient_accumulation_steps", optim.gradient_accumulation_steps),
         "gradient_clipping": ("optim.max_grad_norm", optim.max_grad_norm),
         "bf16.enabled": ("adapter.dtype with model.dtype", dtype == "bfloat16"),
+        "bf16.check_grad_overflow": ("irtune, which skips steps that are not finite,", True),
+        "zero_optimization.compute_grad_norm": ("irtune, which skips steps that are not finite,", True),
         "fp16.enabled": ("adapter.dtype with model.dtype", dtype == "float16"),
     }
     if world_size is not None:

@@ -11,7 +11,10 @@ import jsonargparse
 import yaml
 
 from irtune.config.engine_json import read_engine_json
+from irtune.config.plausible import brief, implausible
 from irtune.config.presets import fill_presets
+from irtune.config.recipe import parse_yaml, read_recipe
+from irtune.config.safety import redact, without_secrets
 from irtune.config.schema import (
     AdapterConfig,
     Config,
@@ -79,14 +82,17 @@ def load_config(arguments: Sequence[str]) -> Config:
     problems += check_config(config)
     problems += read_engine_json(config, world_size=None)[1]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([redact(problem) for problem in problems])
     return config
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write the resolved `config` as YAML; `--config` reads it again."""
+    """Write the resolved `config` as YAML; `--config` reads it again.
+
+    What looks like a password is left out, should a configuration that `load_config` has not seen hold one.
+    """
     plain = {name: dict(vars(getattr(config, name))) for name in SECTIONS} | {"deepspeed": config.deepspeed}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(without_secrets(plain), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _split_arguments(arguments: Sequence[str], problems: list[str]) -> tuple[str | None, dict[str, str]]:
@@ -97,12 +103,12 @@ def _split_arguments(arguments: Sequence[str], problems: list[str]) -> tuple[str
     while queue:
         token = queue.pop(0)
         if not token.startswith("--"):
-            problems.append(f"unexpected argument {token!r}: options are written --section.key VALUE")
+            problems.append(f"unexpected argument {brief(token)}: options are written --section.key VALUE")
             continue
         key, equals, value = token.partition("=")
         if not equals:
             if not queue or (queue[0].startswith("--")):
-                problems.append(f"option {key} needs a value")
+                problems.append(f"option {key[:100]} needs a value")
                 continue
             value = queue.pop(0)
         if key in LAUNCHER_OPTIONS:
@@ -116,23 +122,17 @@ def _split_arguments(arguments: Sequence[str], problems: list[str]) -> tuple[str
 
 def _read_yaml(file: str, problems: list[str]) -> dict[str, Any]:
     """Read a YAML file into dotted keys."""
-    try:
-        content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        problems.append(f"cannot read the configuration file {file!r}: {error.strerror}")
-        return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"{file!r} is not valid YAML: {' '.join(str(error).split())}")
-        return {}
+    content = read_recipe(file, problems)
+    content = {} if content is None else content
     if not isinstance(content, dict):
         problems.append(f"{file!r} must hold sections ({', '.join(SECTIONS)}), not a {type(content).__name__}")
         return {}
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        if name in SECTIONS and isinstance(value, dict):
+        if isinstance(name, str) and name in SECTIONS and isinstance(value, dict):
             flat |= {f"{name}.{key}": item for key, item in value.items()}
         elif name in SECTIONS and value is not None:
-            problems.append(f"{file}: section {name!r} must hold keys and values, not {value!r}")
+            problems.append(f"{file}: section {name!r} must hold keys and values, not {brief(value)}")
         elif name not in SECTIONS:
             flat[str(name)] = value
     return flat
@@ -144,21 +144,27 @@ def _typed(values: dict[str, Any], where: str, problems: list[str], *, from_comm
     keys = known_keys()
     for key, value in values.items():
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(key[:100], keys, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else f"; sections are {', '.join(SECTIONS)}"
-            problems.append(f"{where}unknown option {key!r}{hint}")
+            problems.append(f"{where}unknown option {brief(key)}{hint}")
             continue
         try:
-            if from_command_line:
-                parsed = parser().parse_args([f"--{key}={value}"])
+            if from_command_line and not (_takes_lists(key) and value.startswith(("[", "{"))):
+                parsed = _parser_of(key).parse_args([f"--value={value}"]).value
             else:
-                section, _, field = key.rpartition(".")
+                value = parse_yaml(value) if from_command_line else value
                 value = _labels_as_text(value) if key in ("data.labels", "data.drop_labels") else value
-                parsed = parser().parse_object({section: {field: value}} if section else {key: value})
-            good[key] = parsed[key]
-        except Exception as error:  # jsonargparse raises several kinds for a value of the wrong type
-            said = f"{where}{key}: {_accepted(key)}, not {value!r}{_nearest(key, value)}"
-            problems.append(said if _accepted(key) else f"{key}: {error}")
+                if value is None and type(None) not in typing.get_args(_declared(key)):
+                    raise TypeError("null")  # which jsonargparse takes for no value at all
+                parsed = _parser_of(key).parse_object({"value": value}).value
+        except Exception:  # jsonargparse raises several kinds for a value of the wrong type
+            problems.append(f"{where}{key}: {_accepted(key)}, not {brief(value)}{_nearest(key, value)}")
+            continue
+        said = implausible(key, parsed)
+        if said is not None:
+            problems.append(where + said)
+        if said is None or key == "data.path":  # a corpus was named, if not well
+            good[key] = parsed
     return good
 
 
@@ -173,10 +179,28 @@ def _labels_as_text(value: Any) -> Any:
     return [text(item) for item in value] if isinstance(value, list) else value
 
 
+@functools.cache
+def _parser_of(key: str) -> jsonargparse.ArgumentParser:
+    """A parser of one option's value; the whole `parser` takes fifty times as long for it."""
+    built = jsonargparse.ArgumentParser(exit_on_error=False)
+    built.add_argument("--value", type=_declared(key))
+    return built
+
+
+def _declared(key: str) -> Any:
+    """The type of an option."""
+    section, _, field = key.rpartition(".")
+    return SECTIONS[section].__dataclass_fields__[field].type if section else str
+
+
+def _takes_lists(key: str) -> bool:
+    """Whether the value of an option may be a list or a map."""
+    return any(kind in str(_declared(key)) for kind in ("list", "dict"))
+
+
 def _accepted(key: str) -> str:
     """What the option takes, in words, from its declared type."""
-    section, _, field = key.rpartition(".")
-    declared = SECTIONS[section].__dataclass_fields__[field].type if section else str
+    declared = _declared(key)
     text = getattr(declared, "__name__", None) if isinstance(declared, type) else str(declared)
     text = (text or str(declared)).replace("typing.Literal", "one of ").replace("NoneType", "null")
     text = text.removeprefix("typing.Union[").replace("], one of", "] or one of")
@@ -185,10 +209,9 @@ def _accepted(key: str) -> str:
 
 def _nearest(key: str, value: Any) -> str:
     """The choice of an option that `value` may have been meant for."""
-    section, _, field = key.rpartition(".")
-    declared = SECTIONS[section].__dataclass_fields__[field].type if section else str
+    declared = _declared(key)
     choices = [choice for choice in typing.get_args(declared) if isinstance(choice, str)]
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(value)[:100], choices, n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -14,13 +14,18 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the base weights and of the computation."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Format of the frozen base weights."""
+    """Format of the weights of the layers' linear modules, which stay constant: nf4 (4 bits, their scales quantised
+    too) or int8, through bitsandbytes. Each product is computed in dtype. Adapters, head, embeddings and norms are not
+    quantised."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off for models you do not trust."""
+    allow_pickle: bool = False
+    """Read weights from pickles (pytorch_model.bin) where there are no safetensors files. A pickle can run code: leave
+    it off for models you do not trust."""
 
 
 @dataclass(kw_only=True)
@@ -209,6 +214,8 @@ class RunConfig:
     checkpoint folder."""
     deterministic: bool = False
     """Only deterministic kernels (slower on a GPU)."""
+    max_skipped_steps: int = 10
+    """Steps in a row without an update, since loss or gradients were not finite, before training stops."""
     timeout_seconds: int = 1800
     """Longest wait for another rank before the run stops with an error."""
     traceback: bool = False

@@ -3,14 +3,20 @@
 import difflib
 import math
 from pathlib import Path
+from typing import Any
 
 from irtune.config.schema import AdapterConfig, Config
 
 MAX_SPLITS = 8
+LARGEST = 2**16  # rank or width of an adapter; wider ones are typing errors that would fill the memory
 # An adapter type is a file: to add one, nothing has to be registered anywhere.
 _KINDS = Path(__file__).parents[1] / "adapters" / "kinds"
 ADAPTER_TYPES = sorted(file.stem.replace("_", "-") for file in _KINDS.glob("[!_]*.py"))
 OWN_WEIGHTS = ("none", "bitfit", "spafit")
+# What needs the base's weights as numbers that can be trained or taken apart.
+PLAIN_BASE = (*OWN_WEIGHTS, "pissa")
+# Keys of zero_optimization by which ZeRO 3 rounds weights that it stores or sends.
+ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 OUTSIDE_LAYERS = ("prompt", "ltuning-prompt")
 
 
@@ -23,7 +29,7 @@ def _check_numbers(config: Config) -> list[str]:
     optim, tuning, run, adapter, data = config.optim, config.tuning, config.run, config.adapter, config.data
     rules: list[tuple[str, float, bool, str]] = [
         ("model.name_or_path", 0, bool(config.model.name_or_path.strip()), "a folder, a hub id or a preset"),
-        ("adapter.r", adapter.r, adapter.r >= 1, "a whole number of at least 1"),
+        ("adapter.r", adapter.r, 1 <= adapter.r <= LARGEST, f"1 to {LARGEST}"),
         ("adapter.alpha", adapter.alpha, 0 < adapter.alpha < math.inf, "a number above 0"),
         ("adapter.dropout", adapter.dropout, 0 <= adapter.dropout < 1, "a number from 0 to below 1"),
         ("data.length_bucket", data.length_bucket, data.length_bucket >= 1, "a whole number of at least 1"),
@@ -63,6 +69,7 @@ def _check_numbers(config: Config) -> list[str]:
         ("run.save_every", run.save_every, run.save_every >= 0, "at least 0"),
         ("run.patience", run.patience, run.patience >= 0, "a whole number of at least 0"),
         ("run.keep_last", run.keep_last, run.keep_last >= 1, "at least 1"),
+        ("run.max_skipped_steps", run.max_skipped_steps, run.max_skipped_steps >= 1, "at least 1"),
         ("run.timeout_seconds", run.timeout_seconds, run.timeout_seconds >= 1, "at least 1"),
     ]
     problems = [f"{key} is {value!r}; accepted: {accepted}" for key, value, good, accepted in rules if not good]
@@ -77,9 +84,9 @@ def _check_numbers(config: Config) -> list[str]:
 
 def _check_adapter(adapter: AdapterConfig) -> list[str]:
     rules: list[tuple[str, object, bool, str]] = [
-        ("adapter.size", adapter.size, adapter.size >= 1, "a whole number of at least 1"),
+        ("adapter.size", adapter.size, 1 <= adapter.size <= LARGEST, f"1 to {LARGEST}"),
         ("adapter.scale", adapter.scale, 0 < adapter.scale < math.inf, "a number above 0"),
-        ("adapter.num_tokens", adapter.num_tokens, adapter.num_tokens >= 1, "a whole number of at least 1"),
+        ("adapter.num_tokens", adapter.num_tokens, 1 <= adapter.num_tokens <= LARGEST, f"1 to {LARGEST}"),
     ]
     problems = [f"{key} is {value!r}; accepted: {accepted}" for key, value, good, accepted in rules if not good]
     if adapter.type not in ADAPTER_TYPES:
@@ -106,7 +113,8 @@ def _check_data(config: Config) -> list[str]:
         problems.append(f"data.dev_fraction is {data.dev_fraction!r}; accepted: a number above 0, at most 0.5")
     if data.fold is not None:
         k, slash, n = data.fold.partition("/")
-        if not (slash and k.isdigit() and n.isdigit() and int(n) >= 2 and 1 <= int(k) <= int(n)):
+        numbers = slash and k.isdecimal() and n.isdecimal() and len(k + n) < 20
+        if not (numbers and int(n) >= 2 and 1 <= int(k) <= int(n)):
             problems.append(f"data.fold is {data.fold!r}; accepted: K/N with 1 <= K <= N and N at least 2, such as 2/5")
     if isinstance(data.labels, dict):
         strange = [name for pair in data.labels.items() for name in pair if not isinstance(name, str)]
@@ -127,12 +135,30 @@ def _check_data(config: Config) -> list[str]:
     return problems
 
 
+def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> list[str]:
+    """Problems of a quantised base with the zero_optimization section of the DeepSpeed file `path`."""
+    if quantization == "none" or zero["stage"] != 3:
+        return []
+    if quantization == "int8":
+        return [
+            f"model.quantization int8 does not go with zero_optimization.stage 3 in {path}: every rank would keep the "
+            "whole base; set model.quantization to nf4, or --deepspeed to a file with stage 0, 1 or 2"
+        ]
+    return [
+        f"{path}: zero_optimization.{key} would round the packed weights of model.quantization nf4, whose bits are no "
+        "numbers; take it out"
+        for key in ROUNDING
+        if zero.get(key)
+    ]
+
+
 def _check_combinations(config: Config) -> list[str]:
     problems = []
-    if config.model.quantization != "none":
+    if config.model.quantization != "none" and config.adapter.type in PLAIN_BASE:
+        does = "decomposes" if config.adapter.type == "pissa" else "trains parameters of"
         problems.append(
-            f"model.quantization is {config.model.quantization!r}; accepted for now: none (quantised base weights are "
-            "not built yet)"
+            f"adapter.type {config.adapter.type} {does} the base, which model.quantization {config.model.quantization} "
+            "makes constant and inexact; set model.quantization to none, or adapter.type to lora"
         )
     if config.adapter.dtype == "float32" and config.model.dtype == "float16":
         problems.append(

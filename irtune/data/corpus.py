@@ -1,13 +1,15 @@
 """A corpus: splits of examples and the list of labels, from a file, a folder or a hub id."""
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from irtune.config.safety import redact
 from irtune.config.schema import DataConfig
+from irtune.data.cells import check_looks
 from irtune.data.folds import fold_of
-from irtune.data.tables import SUFFIXES, NumberedRows, Row, read_table
+from irtune.data.hub import hub_rows, hub_splits
+from irtune.data.records import Record, RecordReader
+from irtune.data.tables import SUFFIXES, table_rows
 from irtune.errors import DataError
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
@@ -32,6 +34,9 @@ class Corpus:
     labels: list[str]
 
 
+Tables = dict[str, tuple[str, list[Record]]]  # by split: the place rows come from, for messages, and the rows
+
+
 def read_corpus(data: DataConfig) -> Corpus:
     """Read all splits of the corpus that `data` describes.
 
@@ -39,44 +44,13 @@ def read_corpus(data: DataConfig) -> Corpus:
         DataError: for missing files, columns, splits or rows, labels that are unknown or stand only outside the
             training split, and cells that are not text. Names the file, row, column and value.
     """
-    tables = {split: _kept(rows, where, data) for split, (where, rows) in _find_splits(data).items()}
+    tables = _find_splits(data)
     if data.fold is not None or "dev" not in tables:
         tables |= _held_out(tables, data)
-    splits, raw = {}, {}
-    for split, (where, rows) in tables.items():
-        raw[split] = [label for _, label in _labels(rows, where, data)]
-        splits[split] = _examples(rows, split, where, data)
-    labels = _label_names(raw, {split: where for split, (where, _) in tables.items()}, data)
+    labels = _label_names(tables, data)
     index = {label: position for position, label in enumerate(labels)}
-    return Corpus(
-        {
-            split: [replace(example, label=index[name]) for example, name in zip(examples, raw[split])]
-            for split, examples in splits.items()
-        },
-        labels,
-    )
-
-
-def _held_out(tables: dict[str, tuple[str, NumberedRows]], data: DataConfig) -> dict[str, tuple[str, NumberedRows]]:
-    """Train and dev split by `data.fold` or `data.dev_fraction`: no document stands in both."""
-    joined = [(split, number, row) for split in ("train", "dev") for number, row in tables.get(split, ("", []))[1]]
-    where = tables["train"][0]
-    if data.fold is not None:
-        held_out, folds = (int(part) for part in data.fold.split("/"))
-    else:
-        held_out, folds = 1, max(2, round(1 / (data.dev_fraction or 0.1)))
-    groups = [str(row[data.group]) if data.group else f"{split}:{number}" for split, number, row in joined]
-    if folds > len(set(groups)):
-        what = "documents" if data.group else "examples"
-        raise DataError(f"{where}: {folds} folds need at least as many {what}, not {len(set(groups))}")
-    place = fold_of([str(row[data.label]) for _, _, row in joined], groups, folds, data.split_seed)
-    # Numbers go on after those of the training file, so that ids made of them stay different.
-    last = max(number for _, number, _ in joined)
-    rows = [(number if split == "train" else last + number, row) for split, number, row in joined]
-    dev = [row for row, fold in zip(rows, place) if fold == held_out - 1]
-    if not dev:
-        raise DataError(f"{where}: too few examples of each label for {folds} folds; use fewer, or a larger corpus")
-    return {"train": (where, [row for row, fold in zip(rows, place) if fold != held_out - 1]), "dev": (where, dev)}
+    splits = {split: _examples(records, split, where, data, index) for split, (where, records) in tables.items()}
+    return Corpus(splits, labels)
 
 
 def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]:
@@ -86,62 +60,78 @@ def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]
         DataError: as `read_corpus`, and for labels that the run does not know.
     """
     path = Path(data.path or "").expanduser()
-    if path.is_file() or path.suffix.lower() in SUFFIXES:
-        found = {split: (str(path), read_table(path))}
+    if _names_file(path):
+        found = {split: _read_file(path, data)}
     elif path.is_dir():
-        found = {name: (str(file), read_table(file)) for name, file in _files_of(path).items() if name == split}
+        found = {name: _read_file(file, data) for name, file in _files_of(path).items() if name == split}
     else:
-        found = _from_hub(str(data.path), data.label)
+        found = _from_hub(str(data.path), data)
     if split not in found:
         raise DataError(f"{data.path}: no {split} split; expected a file such as {SPLITS[split][0]}.jsonl")
-    where, rows = _kept(found[split][1], found[split][0], data)
-    names = [name for _, name in _labels(rows, where, data)]
+    where, records = found[split]
+    names = [record.label for record in records]
     strange = sorted(set(names) - set(labels))
     if strange:
         raise DataError(
             f"{where}: label {strange[0]!r} stands {names.count(strange[0])} times, but the run knows only "
             f"{', '.join(labels)}; drop it with data.drop_labels or map it with data.labels"
         )
-    examples = _examples(rows, split, where, data)
-    return [replace(example, label=labels.index(name)) for example, name in zip(examples, names)]
+    return _examples(records, split, where, data, {label: number for number, label in enumerate(labels)})
 
 
-def _examples(rows: NumberedRows, split: str, where: str, data: DataConfig) -> list[Example]:
-    """Examples whose labels (-1) are numbered once all splits are known."""
-    examples = [
-        Example(
-            id=str(row[data.id]) if data.id in row else f"{split}:{number}",
-            before=_text(row, data.before, where, number),
-            after=None if data.after is None else _text(row, data.after, where, number),
-            label=-1,
-            group=str(row[data.group]) if data.group is not None else None,
-        )
-        for number, row in rows
-    ]
-    _check_ids(examples, where, data.id)
+def _examples(records: list[Record], split: str, where: str, data: DataConfig, index: dict[str, int]) -> list[Example]:
+    """Examples with the numbers of their labels; ids are made of the row where there are none."""
+    examples, seen = [], set()
+    for record in records:
+        name = f"{split}:{record.number}" if record.id is None else record.id
+        if name in seen:
+            raise DataError(f"{where}: id {name!r} in column {data.id!r} stands twice; set data.id to another column")
+        seen.add(name)
+        examples.append(Example(name, record.before, record.after, index[record.label], record.group))
     return examples
 
 
-def _find_splits(data: DataConfig) -> dict[str, tuple[str, NumberedRows]]:
+def _held_out(tables: Tables, data: DataConfig) -> Tables:
+    """Train and dev split by `data.fold` or `data.dev_fraction`: no document stands in both."""
+    joined = [(split, record) for split in ("train", "dev") for record in tables.get(split, ("", []))[1]]
+    where = tables["train"][0]
+    if data.fold is not None:
+        held_out, folds = (int(part) for part in data.fold.split("/"))
+    else:
+        held_out, folds = 1, max(2, round(1 / (data.dev_fraction or 0.1)))
+    groups = [f"{split}:{record.number}" if record.group is None else record.group for split, record in joined]
+    if folds > len(set(groups)):
+        what = "documents" if data.group else "examples"
+        raise DataError(f"{where}: {folds} folds need at least as many {what}, not {len(set(groups))}")
+    place = fold_of([record.raw for _, record in joined], groups, folds, data.split_seed)
+    # Numbers go on after those of the training file, so that ids made of them stay different.
+    last = max(record.number for _, record in joined)
+    records = [record if split == "train" else replace(record, number=last + record.number) for split, record in joined]
+    dev = [record for record, fold in zip(records, place) if fold == held_out - 1]
+    if not dev:
+        raise DataError(f"{where}: too few examples of each label for {folds} folds; use fewer, or a larger corpus")
+    return {"train": (where, [r for r, fold in zip(records, place) if fold != held_out - 1]), "dev": (where, dev)}
+
+
+def _find_splits(data: DataConfig) -> Tables:
     """Rows of each split with the place they come from, for messages."""
-    found: dict[str, tuple[str, NumberedRows]] = {}
+    found: Tables = {}
     for split in SPLITS:
         named = getattr(data, split)
         if named is not None:
-            path = Path(named).expanduser()
-            found[split] = (str(path), read_table(path))
+            found[split] = _read_file(Path(named).expanduser(), data)
     if data.path is not None:
         path = Path(data.path).expanduser()
-        if path.is_file() or path.suffix.lower() in SUFFIXES:
-            found.setdefault("train", (str(path), read_table(path)))
+        if _names_file(path):
+            found = {"train": _read_file(path, data)} | found
         elif path.is_dir():
             for split, file in _files_of(path).items():
                 if split not in found:
-                    found[split] = (str(file), read_table(file))
+                    found[split] = _read_file(file, data)
         elif data.path.count("/") <= 1 and not data.path.startswith((".", "/", "~")):
-            found = _from_hub(data.path, data.label) | found
+            found = _from_hub(data.path, data) | found
         else:
-            raise DataError(f"there is no file or folder {data.path!r}")
+            raise DataError(f"there is no file or folder {redact(data.path)!r}")
     made = data.dev_fraction is not None or data.fold is not None
     for split in ("train",) if made else ("train", "dev"):
         if split not in found:
@@ -152,85 +142,61 @@ def _find_splits(data: DataConfig) -> dict[str, tuple[str, NumberedRows]]:
     return found
 
 
+def _names_file(path: Path) -> bool:
+    """Whether a corpus is one file: also one that is missing, which is then said."""
+    try:
+        return path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir())
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise DataError(f"{redact(str(path))[:200]!r} cannot be looked up: {error.strerror}") from error
+
+
+def _read_file(path: Path, data: DataConfig) -> tuple[str, list[Record]]:
+    reader = RecordReader(str(path), data)
+    return reader.where, reader.records(table_rows(path, reader.columns))
+
+
 def _files_of(folder: Path) -> dict[str, Path]:
+    """The file of each split. A link must not lead out of the folder: whoever made it would choose what is read."""
     files = {}
     for split, stems in SPLITS.items():
-        matches = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-        matches = [match for match in matches if match.is_file()]
+        named = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+        matches = [path for path in named if path.is_file()]
         if len(matches) > 1:
             raise DataError(f"{folder}: more than one {split} file: {', '.join(match.name for match in matches)}")
-        if matches:
-            files[split] = matches[0]
+        wrong = [path for path in named if path.exists() and not path.is_file()]
+        if wrong and not matches:
+            raise DataError(f"{wrong[0]} is a folder, where a file is expected")
+        for match in matches:
+            if not match.resolve().is_relative_to(folder.resolve()):
+                raise DataError(
+                    f"{match} is a link that leads out of its folder, to {match.resolve()}; if that file is meant, "
+                    f"name it with data.{split}"
+                )
+            files[split] = match
     return files
 
 
-def _from_hub(name: str, label: str) -> dict[str, tuple[str, NumberedRows]]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name)
-    except Exception as error:  # the hub client raises many kinds: no such id, no network, no access
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{name!r} is neither a file, a folder nor a hub dataset that can be reached: {reason}"
-        ) from error
-    found = {}
+def _from_hub(name: str, data: DataConfig) -> Tables:
+    loaded = hub_splits(name)
+    found: Tables = {}
     for split, stems in SPLITS.items():
-        for stem in stems:
-            if stem in loaded and split not in found:
-                part = loaded[stem]
-                names = getattr(part.features.get(label), "names", None)  # a class column holds numbers
-                rows = part.to_list()
-                if names is not None:
-                    rows = [row | {label: names[row[label]]} for row in rows]
-                found[split] = (f"{name} ({stem})", list(enumerate(rows, 1)))
+        stem = next((stem for stem in stems if stem in loaded), None)
+        if stem is not None:
+            reader = RecordReader(f"{name} ({stem})", data)
+            rows = hub_rows(loaded[stem], data.label, reader.where, reader.columns)
+            found[split] = (reader.where, reader.records(rows))
     return found
 
 
-def _kept(rows: NumberedRows, where: str, data: DataConfig) -> tuple[str, NumberedRows]:
-    """Check the columns and leave out rows whose raw label is dropped; rows keep their number."""
-    first = rows[0][1]
-    for column in (data.before, data.after, data.label, data.group):
-        if column is None or column in first:
-            continue
-        known = [str(name) for name in first]
-        near = difflib.get_close_matches(column, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise DataError(f"{where}: no column {column!r}{hint} Columns: {', '.join(known[:20])}")
-    for number, row in rows:
-        lacking = [
-            column for column in (data.before, data.after, data.label, data.group) if column and column not in row
-        ]
-        if lacking:
-            raise DataError(f"{where}, row {number}: no column {lacking[0]!r}, which other rows have")
-    kept = [(number, row) for number, row in rows if str(row[data.label]) not in data.drop_labels]
-    if not kept:
-        raise DataError(f"{where}: no rows are left without the labels {data.drop_labels}")
-    return where, kept
-
-
-def _labels(rows: NumberedRows, where: str, data: DataConfig) -> Iterable[tuple[int, str]]:
-    """Label name of each row, mapped where `data.labels` is a map."""
-    for number, row in rows:
-        value = row.get(data.label)
-        if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
-            raise DataError(f"{where}, row {number}, column {data.label!r}: {value!r} is no label")
-        name = str(value)
-        if isinstance(data.labels, dict):
-            if name not in data.labels:
-                known = ", ".join(data.labels)
-                raise DataError(f"{where}, row {number}, column {data.label!r}: unknown label {name!r}; known: {known}")
-            name = data.labels[name]
-        elif data.labels is not None and name not in data.labels:
-            known = ", ".join(data.labels)
-            raise DataError(f"{where}, row {number}, column {data.label!r}: unknown label {name!r}; known: {known}")
-        yield number, name
-
-
-def _label_names(raw: dict[str, list[str]], places: dict[str, str], data: DataConfig) -> list[str]:
+def _label_names(tables: Tables, data: DataConfig) -> list[str]:
+    """Labels in order of their numbers."""
+    places = {split: where for split, (where, _) in tables.items()}
+    raw = {split: [record.label for record in records] for split, (_, records) in tables.items()}
     train = set(raw["train"])
     if data.labels is None and len(train) < 2:
         raise DataError(f"{places['train']}: only one label ({raw['train'][0]!r}); at least 2 are needed")
+    if data.labels is None:
+        check_looks(sorted(train), places["train"])
     for split, names in raw.items():
         strange = sorted(set(names) - train)
         if strange:
@@ -241,23 +207,3 @@ def _label_names(raw: dict[str, list[str]], places: dict[str, str], data: DataCo
     if isinstance(data.labels, dict):
         return list(dict.fromkeys(data.labels.values()))
     return list(data.labels) if data.labels is not None else sorted(train)
-
-
-def _text(row: Row, column: str, where: str, number: int) -> str:
-    value = row.get(column)
-    if value is None:  # an empty cell: an addition or a deletion
-        return ""
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise DataError(f"{where}, row {number}, column {column!r}: expected text, not the {kind} {value!r}")
-    return value
-
-
-def _check_ids(examples: list[Example], where: str, column: str) -> None:
-    seen: set[str] = set()
-    for example in examples:
-        if example.id in seen:
-            raise DataError(
-                f"{where}: id {example.id!r} in column {column!r} stands twice; set data.id to another column"
-            )
-        seen.add(example.id)

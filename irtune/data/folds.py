@@ -15,7 +15,7 @@ def fold_of(labels: Sequence[str], groups: Sequence[str], folds: int, seed: int)
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label rarer than folds cannot be in each of them: expected here
-        splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+        splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed % 2**32)
         result = np.zeros(len(labels), dtype=int)
         for number, (_, held_out) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
             result[held_out] = number

@@ -8,20 +8,13 @@ from torch import nn
 
 from irtune.adapters.trained import freeze, layer_list, train_with_head
 from irtune.config.schema import AdapterConfig
-from irtune.errors import ConfigError
 from irtune.models import Classifier
 
 PRETRAINED = True
 
 
 def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
-    """Make all weights of every layer trainable, and the input embeddings where `adapter.embeddings` says so.
-
-    Raises:
-        ConfigError: for a quantised base, whose weights cannot be trained.
-    """
-    if getattr(classifier.model, "is_quantized", False):
-        raise ConfigError("adapter.type none trains the model's own weights; it needs model.quantization none")
+    """Make all weights of every layer trainable, and the input embeddings where `adapter.embeddings` says so."""
     freeze(classifier.model)
     weights = [parameter for layer in layer_list(classifier) for parameter in layer.parameters()]
     if adapter.embeddings:

@@ -8,18 +8,11 @@ from torch import nn
 
 from irtune.adapters.low_rank import add_low_rank
 from irtune.config.schema import AdapterConfig
-from irtune.errors import ConfigError
 from irtune.models import Classifier
 
 
 def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
-    """PiSSA as peft has it.
-
-    Raises:
-        ConfigError: for a quantised base, whose weights cannot be decomposed exactly.
-    """
-    if getattr(classifier.model, "is_quantized", False):
-        raise ConfigError("adapter.type pissa decomposes the base's weights; it needs model.quantization none")
+    """PiSSA as peft has it."""
     model = add_low_rank(classifier, adapter, init_lora_weights="pissa")
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -1,0 +1,74 @@
+"""What goes wrong outside the code, as one sentence: memory that is short, ranks that do not answer."""
+
+import threading
+
+import torch
+import torch.distributed as dist
+
+from irtune import launcher, runtime
+from irtune.config import Config
+from irtune.errors import DistributedError, IrtuneError, TrainingError
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory")
+NO_ANSWER = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting", "Broken pipe")
+
+
+def as_user_error(error: Exception, config: Config, stage: int) -> IrtuneError | None:
+    """The sentence for a fault of the machine; None for anything else, which is then a bug.
+
+    Args:
+        error: what was raised in training or evaluation.
+        config: for the values to change.
+        stage: of ZeRO.
+    """
+    if isinstance(error, IrtuneError):
+        return error
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in text for part in OUT_OF_MEMORY):
+        return TrainingError(_out_of_memory(config, stage, text))
+    if isinstance(error, dist.DistError) or any(part in text for part in NO_ANSWER):
+        return DistributedError(f"{_here()}: {runtime.watch().explain()} ({_first_line(text)})")
+    return None
+
+
+def _out_of_memory(config: Config, stage: int, text: str) -> str:
+    optim, model = config.optim, config.model
+    smaller = max(1, optim.micro_batch_size // 2)
+    accumulation = optim.gradient_accumulation_steps * optim.micro_batch_size // smaller
+    advice = [
+        f"optim.micro_batch_size {smaller} with optim.gradient_accumulation_steps {accumulation}"
+        if optim.micro_batch_size > 1
+        else f"data.max_length below {config.data.max_length}",
+        "" if model.gradient_checkpointing else "model.gradient_checkpointing true",
+        "model.quantization nf4" if model.quantization == "none" and stage < 3 else "",
+        f"a higher ZeRO stage than {stage} (deepspeed)" if stage < 3 else "a DeepSpeed file with offload",
+        "a smaller tuning.max_fraction or tuning.budget",
+    ]
+    return (
+        f"{_here()}: out of memory under ZeRO {stage}. Try {', or '.join(filter(None, advice))}; "
+        f"python -m irtune plan says what fits ({_first_line(text)})"
+    )
+
+
+def _here() -> str:
+    return f"rank {runtime.rank()}, at: {runtime.watch().doing}"
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0][:200]
+
+
+def tell_the_others(error: BaseException) -> None:
+    """Let the other ranks say why this one failed."""
+    runtime.watch().report(f"rank {runtime.rank()}: {error if isinstance(error, IrtuneError) else repr(error)}")
+
+
+def stop_within(seconds: float) -> None:
+    """Leave the process group; where that hangs, since ranks are gone, end this process."""
+    killer = threading.Timer(seconds, launcher.leave)
+    killer.daemon = True
+    killer.start()
+    try:
+        runtime.stop()
+    finally:
+        killer.cancel()

@@ -1,0 +1,68 @@
+"""What a run remembers between checkpoints, and between log lines."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from irtune import runtime
+
+
+@dataclass
+class Progress:
+    """State of a run, in plain JSON types.
+
+    step: optimizer steps done. best: value of the best dev metric so far, at best_step.
+    worse_in_a_row: evaluations since the best one. stopped: whether run.patience ended training.
+    losses: mean losses of the steps since the last log line. seconds: wall time of training, earlier sessions included.
+    skipped: steps without an update, since loss or gradients were not finite; skipped_in_a_row: the last ones.
+    state_bytes: optimizer state after each selection. trained_steps: updates of each layer.
+    """
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    worse_in_a_row: int = 0
+    stopped: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    state_bytes: list[int] = field(default_factory=list)
+    trained_steps: list[int] = field(default_factory=list)
+
+    def updated(self, layers: list[int]) -> None:
+        """A step has updated `layers`."""
+        self.skipped_in_a_row = 0
+        for layer in layers:
+            self.trained_steps[layer] += 1
+
+    def passed_over(self) -> None:
+        """A step was skipped."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+
+
+class Window:
+    """Losses and counts of the steps since the last log line. Losses stay on the device until a line is due."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self._losses: list[torch.Tensor] = []
+        self.tokens = self.examples = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """This rank's mean loss of a step, fp32 scalar."""
+        self._losses.append(loss)
+
+    def drain(self) -> None:
+        """Average the losses over ranks into `progress.losses`. Collective."""
+        if self._losses:
+            means = runtime.all_reduce(torch.stack(self._losses)) / runtime.launched_world_size()
+            self.progress.losses += means.tolist()
+            self._losses = []
+
+    def mean(self) -> float | None:
+        """Mean loss since the last line, after `drain`; None where every step was skipped. Starts a new window."""
+        losses, self.progress.losses = self.progress.losses, []
+        self.tokens = self.examples = 0
+        return sum(losses) / len(losses) if losses else None

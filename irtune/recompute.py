@@ -1,0 +1,72 @@
+"""Recomputing activations layer by layer (gradient checkpointing), only where it saves memory.
+
+A layer below the lowest trained one stores nothing, so recomputing it would only cost time, and the reentrant kind,
+which makes inputs require gradients, would drag it into the backward pass. A step that scores all layers reaches below:
+there those layers are recomputed, so that scoring needs no more memory than training.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Stored inputs of recomputed layers that one layer's activations outweigh; measured: 17 to 40 in llama-like layers.
+INPUTS_PER_LAYER = 8
+
+
+class Recompute:
+    """Says for every layer whether it is recomputed in the backward pass."""
+
+    def __init__(self, modules: Sequence[nn.Module], *, reentrant: bool, always: bool):
+        """Take charge of the layers of a model.
+
+        Args:
+            modules: the L transformer layers, in order.
+            reentrant: the kind of recomputation: ZeRO 3 needs the reentrant one, since the other kind meets parameters
+                that are in pieces again.
+            always: recompute trained layers in every step, not only what scoring adds.
+        """
+        self.always, self.reentrant = always, reentrant
+        # Layers of models that bring their own code may not know how; then scoring needs the memory of all layers.
+        self.possible = all(hasattr(module, "gradient_checkpointing") for module in modules)
+        self.modules = list(modules) if self.possible else []
+        self.lowest = len(self.modules)
+        for module in self.modules:
+            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)  # type: ignore
+            if reentrant:
+                module.register_forward_pre_hook(self._connect, with_kwargs=True)
+        self.set_lowest(self.lowest)
+
+    def set_lowest(self, layer: int) -> None:
+        """Layers below `layer` are not trained from now on; L: none is."""
+        self.lowest = layer
+        self._recompute(range(layer, len(self.modules)) if self.always else range(0))
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """A pass whose backward reaches all layers, in about the memory of one that ends at the lowest trained."""
+        lowest = min(self.lowest, len(self.modules))
+        # What the layers below add, their inputs, is taken from trained layers that are recomputed as well.
+        until = len(self.modules) if self.always else lowest + -(-lowest // INPUTS_PER_LAYER)
+        self._recompute(range(until))
+        try:
+            yield
+        finally:
+            self.set_lowest(self.lowest)
+
+    def _recompute(self, layers: range) -> None:
+        for number, module in enumerate(self.modules):
+            module.gradient_checkpointing = number in layers  # type: ignore[assignment]
+
+    @staticmethod
+    def _connect(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A reentrant recomputation whose input needs no gradient gives its parameters none: let it need one."""
+        hidden = args[0] if args else None
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        wanted = torch.is_grad_enabled() and module.training and module.gradient_checkpointing and trained
+        if wanted and isinstance(hidden, torch.Tensor) and not hidden.requires_grad:
+            return (hidden.detach().requires_grad_(True), *args[1:]), kwargs
+        return None

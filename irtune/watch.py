@@ -1,0 +1,188 @@
+"""Ranks that watch each other: who died, who hangs, who was told to stop.
+
+A thread on every rank counts in the store that the ranks met in, and looks whether the next rank's count still moves:
+two small messages per rank and interval, however many ranks there are. So a dead rank is named even where a collective
+only hangs. `doing` is the name of what a rank is at, which a time-out reports.
+"""
+
+import contextlib
+import datetime
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch.distributed as dist
+
+from irtune import launcher
+
+INTERVAL = 2.0  # seconds between two looks
+SILENT = 45.0  # seconds without a sign after which a rank counts as dead
+GRACE = 10.0  # seconds that a rank has to end by itself when another one failed
+
+
+class Watch:
+    """One rank's view of the others. Alone, it only remembers signals."""
+
+    def __init__(
+        self,
+        store: dist.Store | None,
+        rank: int,
+        size: int,
+        *,
+        silent: float = SILENT,
+        leave: Callable[[str], None] | None = None,
+    ):
+        """Start to watch.
+
+        Args:
+            store: where the ranks met; None for a single rank.
+            rank: number of this process.
+            size: number of ranks.
+            silent: seconds without a sign of life after which a rank counts as dead.
+            leave: what ends this process when another rank failed and the main thread hangs.
+        """
+        self.rank, self.size, self.silent = rank, size, silent
+        self.doing = "start"
+        self.signal: int | None = None
+        self._leave = leave or _leave
+        self._ended = threading.Event()
+        self._announced = False
+        self._store: dist.Store | None = None
+        if store is None or size == 1:
+            return
+        self._store = dist.PrefixStore("irtune/watch", store)
+        # A connection of its own: the other one may be waiting in a collective's set-up.
+        self._pulse = dist.PrefixStore("irtune/watch", store.clone())  # type: ignore[attr-defined]
+        self._pulse.set_timeout(datetime.timedelta(seconds=10))
+        self._thread = threading.Thread(target=self._keep_watch, name="irtune-watch", daemon=True)
+        self._thread.start()
+
+    # ----- signs of life -----
+
+    def _keep_watch(self) -> None:
+        after = (self.rank + 1) % self.size
+        last, count, failures = b"", 0, 0
+        heard = looked = time.monotonic()
+        while not self._ended.wait(INTERVAL):
+            now = time.monotonic()
+            if now - looked > 3 * INTERVAL:
+                heard = now  # this process was halted itself: the others deserve another look
+            looked, count = now, count + 1
+            try:
+                self._pulse.set(f"beat/{self.rank}", f"{count} {self.doing}")
+                failure = self.failure()
+                beat = self._pulse.get(f"beat/{after}") if self._pulse.check([f"beat/{after}"]) else b""
+                failures = 0
+            except RuntimeError:
+                failures += 1
+                if failures == 3 and not self._ended.is_set():
+                    self._give_up("the ranks' common store does not answer: rank 0 or its launcher is gone")
+                continue
+            if failure is not None:
+                self._give_up(failure)
+                return
+            if beat != last or not beat:
+                last, heard = beat, now
+            elif now - heard > self.silent:
+                self.report(f"rank {after} has given no sign for {now - heard:.0f} s ({_place(beat)}); it died, hangs, "
+                            "or its machine is gone")  # fmt: skip
+
+    def _give_up(self, why: str) -> None:
+        """The main thread gets `GRACE` to notice by itself; a collective on a GPU never does."""
+        if not self._ended.wait(GRACE):
+            self._leave(why)
+
+    def report(self, what: str) -> None:
+        """Tell all ranks why the job fails; the first report stands."""
+        if self._store is not None:
+            try:
+                self._pulse.compare_set("failure", "", what)
+            except RuntimeError:  # the store died with rank 0: the others will notice that
+                return
+
+    def failure(self) -> str | None:
+        """What some rank reported, or None."""
+        return self._pulse.get("failure").decode() if self._pulse.check(["failure"]) else None
+
+    def explain(self) -> str:
+        """Why a collective failed or timed out: a report, ranks without a sign of life, or where the ranks are."""
+        if self._store is None:
+            return "there is only this rank"
+        try:
+            before = self._beats()
+            deadline = time.monotonic() + 2 * INTERVAL + 1
+            while time.monotonic() < deadline:
+                failure = self.failure()
+                if failure is not None:
+                    return failure
+                time.sleep(0.2)
+            now = self._beats()
+        except RuntimeError:
+            return "rank 0, or the launcher that keeps the ranks' common store, is gone"
+        silent = [rank for rank, beat in enumerate(now) if rank != self.rank and beat == before[rank]]
+        if silent:
+            places = ", ".join(f"rank {rank} ({_place(now[rank])})" for rank in silent)
+            return f"no sign of life from {places}: it died or was stopped"
+        others = [rank for rank, beat in enumerate(now) if rank != self.rank and _what(beat) != self.doing]
+        places = "; ".join(f"rank {rank} is at: {_what(now[rank])}" for rank in others or range(self.size))
+        return f"{places}; this is rank {self.rank}, at: {self.doing}"
+
+    def _beats(self) -> list[bytes]:
+        keys = [f"beat/{rank}" for rank in range(self.size)]
+        return [self._pulse.get(key) if self._pulse.check([key]) else b"" for key in keys]
+
+    # ----- signals -----
+
+    def remember(self, number: int, _frame: object = None) -> None:
+        """A signal handler: the run ends at the end of a step. The same signal again ends it at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT are remembered inside the block, instead of ending the process."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self.remember) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stops_after(self, step: int) -> int | None:
+        """The signal on which all ranks end after optimizer step `step`, or None.
+
+        No rank can end step s + 1 before all have begun it, since its gradients are summed over ranks. So what a rank
+        announces between s and s + 1 is seen by all at the end of s + 1, and costs no collective.
+        """
+        if self._store is None:
+            return self.signal
+        if not self._store.check(["stop"]):
+            if self.signal is not None and not self._announced:
+                self._announced = True
+                self._store.compare_set("stop", "", f"{step + 1} {self.signal}")
+            return None
+        at, number = self._store.get("stop").split()
+        return int(number) if step >= int(at) else None
+
+    def stop(self) -> None:
+        """End the thread; nothing is reported any more."""
+        self._ended.set()
+        if self._store is not None:
+            self._thread.join(timeout=15)
+
+
+def _what(beat: bytes) -> str:
+    return beat.decode().partition(" ")[2]
+
+
+def _place(beat: bytes) -> str:
+    return f"when last heard of, at: {_what(beat)}" if beat else "never heard of"
+
+
+def _leave(why: str) -> None:
+    sys.stderr.write(f"error: {why}\n")
+    sys.stderr.flush()
+    launcher.leave()

@@ -2,10 +2,8 @@
 
 import json
 import logging
-import platform
 import sys
 import warnings
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from irtune import __version__, runtime
-from irtune.checkpoint import find_damage, fingerprint, writing
+from irtune.checkpoint import find_damage, fingerprint, versions, writing
 from irtune.config import Config
 from irtune.engine import Engine
 from irtune.errors import IrtuneError
@@ -28,7 +26,6 @@ from irtune.tracking import Tracker, write_json
 from irtune.trainer import Trainer
 
 log = logging.getLogger("irtune")
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tensorboard")
 SECONDS_TO_LEAVE = 20.0
 
 
@@ -195,6 +192,5 @@ def _results(trainer: Trainer, metrics: dict[str, Any], world: World) -> dict[st
             "mean": sum(bytes_seen) / len(bytes_seen),
             "max": max(bytes_seen),
         },
-        "versions": {"irtune": __version__, "python": platform.python_version()}
-        | {name: metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
     }  # fmt: skip

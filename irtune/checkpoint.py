@@ -12,9 +12,11 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 from collections.abc import Collection, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from irtune import __version__
 from irtune.errors import CheckpointError, OutputError
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 MANIFEST = "manifest.json"
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tensorboard")
 STEP = re.compile("step_[0-9]{1,18}")
 log = logging.getLogger("irtune")
+
+
+def versions() -> dict[str, str]:
+    """Versions of irtune, of Python, and of the packages that decide what a run computes."""
+    return {"irtune": __version__, "python": platform.python_version()} | {
+        name: metadata.version(name) for name in PACKAGES
+    }
 
 
 class Checkpoints:

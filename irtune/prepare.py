@@ -11,7 +11,15 @@ from torch import nn
 from irtune import runtime
 from irtune.adapters import LayerTable, add_adapters, remember_origins
 from irtune.adapters.label_texts import longest_label
-from irtune.checkpoint import TRAINABLE, Checkpoints, find_damage, load_into, read_state, read_tensors
+from irtune.checkpoint import (
+    TRAINABLE,
+    Checkpoints,
+    find_damage,
+    load_into,
+    read_state,
+    read_tensors,
+    versions,
+)
 from irtune.config import Config, write_config
 from irtune.config.engine_json import read_engine_json
 from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
@@ -109,6 +117,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         if resumed is not None:
             state = read_state(resumed)
             _check_same_run(state["run"], identity, resumed)
+            _note_versions(state.get("versions"), resumed)
             # Layers that never trained are not in a checkpoint of pretrained weights.
             untrained = {name for layer in table.layers for name, _ in layer} if table.pretrained else set()
             load_into(table.all(), read_tensors(resumed, TRAINABLE), resumed, untrained)
@@ -236,6 +245,14 @@ def _check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) ->
         changes += [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b]
     if changes:
         raise CheckpointError(f"{folder} cannot be continued: {'; '.join(changes)}")
+
+
+def _note_versions(saved: Any, folder: Path) -> None:
+    """Other packages may compute other numbers; that is for the user to know, not for irtune to forbid."""
+    saved, now = saved if isinstance(saved, dict) else {}, versions()
+    changes = [f"{name} {saved[name]} -> {now[name]}" for name in now if saved.get(name, now[name]) != now[name]]
+    if changes:
+        log.info("%s was written with other versions: %s", folder, ", ".join(changes))
 
 
 def _open_folder(folder: Path, config: Config) -> None:

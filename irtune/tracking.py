@@ -216,7 +216,10 @@ def _choices(config: Config, results: dict[str, Any]) -> dict[str, str | float]:
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Leave out the records of `file` after `step`; a last line cut short by a kill goes too."""
+    """Leave out the records of `file` after `step`; a last line cut short by a kill goes too.
+
+    So does the test split's: it is evaluated once more when the run ends, with the best step's number.
+    """
     if not file.exists():
         return
     kept = []
@@ -224,9 +227,10 @@ def keep_until(file: Path, step: int) -> None:
     # the middle of a character.
     for line in file.read_bytes().decode("utf-8", "replace").split("\n"):
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step and record.get("split") != "test":
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             break
     scratch = file.with_suffix(".part")
     scratch.write_text("".join(kept) if step else "", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from irtune import runtime
-from irtune.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, writing
+from irtune.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, versions, writing
 from irtune.config import Config
 from irtune.data import BatchPlan, Corpus, collate
 from irtune.diagnosis import find_origin
@@ -55,6 +55,7 @@ class Trainer:
         self.progress, self.identity, self.pretrained = progress, identity, pretrained
         self.eval_every = config.run.eval_every or plan.steps_per_epoch
         self.num_layers = engine.table.num_layers
+        self.evaluation_batch = EVALUATION_BATCH * config.optim.micro_batch_size
         self.layers = LayerChoice(
             config.tuning,
             engine=engine,
@@ -249,7 +250,7 @@ class Trainer:
             self.encoded[split],
             [example.label for example in self.corpus.splits[split]],
             len(self.corpus.labels),
-            batch_size=EVALUATION_BATCH * self.config.optim.micro_batch_size,
+            batch_size=self.evaluation_batch,
             pad_token_id=self.pad_token_id,
             device=self.device,
         )
@@ -257,7 +258,7 @@ class Trainer:
         return predictions
 
     def _evaluate_and_save(self) -> None:
-        runtime.doing(f"evaluation after step {self.progress.step}")
+        runtime.doing(f"evaluation after step {self.progress.step}, in batches of {self.evaluation_batch} examples")
         predictions = self.predict("dev")
         values = metrics(predictions, self.corpus.labels)
         self._last = (self.progress.step, predictions)
@@ -291,6 +292,7 @@ class Trainer:
                     "chooser": self.chooser.state_dict(),
                     "adam_steps": steps,
                     "run": self.identity,
+                    "versions": versions(),
                 }
                 self.checkpoints.save(self.progress.step, trainable, tensors, state, best=best)
         self._saved_step = self.progress.step

@@ -131,7 +131,7 @@ ELSEWHERE = {
     r"python -m irtune compare ": "tests/test_compare.py::test_a_comparison_writes_table_numbers_and_picture",
     r"python -m irtune crossvalidate ": "tests/test_commands.py::test_crossvalidation_holds_every_example_out_once",
     r"(IRTUNE_KILLS=\d+ )?python -m pytest tests/test_kills\.py\b": "tests/test_kills.py",
-    r"(IRTUNE_SOAK=\w+ )?python -m pytest tests/test_soak\.py\b": "tests/test_soak.py",
+    r"(IRTUNE_SOAK_STEPS=\d+ )?python -m pytest tests/test_soak\.py\b": "tests/test_soak.py",
     r"python -m irtune\.config\.reference > docs/configuration\.md": "tests/test_docs.py::"
     "test_the_configuration_page_is_up_to_date",
     r"python -m tests\.api_reference > docs/api\.md": "tests/test_docs.py::test_the_api_page_is_up_to_date",

@@ -6,6 +6,7 @@ IRTUNE_KILLS sets how often per stage (10 for the table in docs/reliability.md).
 import functools
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -90,6 +91,16 @@ def test_kill_and_resume_is_the_uninterrupted_run(llama, corpus, whole, tmp_path
     print(f"KILL stage {stage}, ranks {victims}, {moment}: gone after {took:.1f} s, {step}")
     launch(config, 2)
     assert_same(tmp_path / "run", folder)
+
+
+@pytest.mark.parametrize("whole", [2], indirect=True)
+def test_a_kill_after_the_last_evaluation_leaves_no_record_twice(llama, corpus, whole, tmp_path):
+    stage, folder = whole
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run/results.json").unlink()  # all was done but this
+    launch(tiny_config(llama, corpus, tmp_path / "run", stage, **OPTIONS), 2)
+    assert_same(tmp_path / "run", folder)
+    assert [record["split"] for record in records(folder, "eval")] == ["dev", "dev", "dev", "test"]
 
 
 @pytest.mark.parametrize("whole", [2], indirect=True)

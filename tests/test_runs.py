@@ -77,6 +77,7 @@ def test_the_files_of_a_run(base, corpus):
     for key in ("steps", "wall_seconds", "examples_per_second", "world_size", "zero_stage", "peak_memory_bytes",
                 "peak_host_memory_bytes", "optimizer_state_bytes", "versions"):  # fmt: skip
         assert key in results
+    assert json.loads((base / "checkpoints/step_6/state.json").read_text())["versions"] == results["versions"]
     state = results["optimizer_state_bytes_at_selections"]
     assert 0 < state["min"] <= state["mean"] <= state["max"]
     # Planned before the model was loaded; a test's processes share imports, so only the order is right here.
@@ -109,6 +110,9 @@ def test_tensorboard_has_the_scalars(base):
     assert {f"layer_score/{layer:02d}" for layer in range(6)} <= tags
     assert {f"layer_trained/{layer:02d}" for layer in range(6)} <= tags
     assert any(tag.startswith("memory/") for tag in tags)
+    assert {"configuration/text_summary", "plan/text_summary"} <= set(board.Tags()["tensors"])
+    plan = board.Tensors("plan/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "memory planned per rank under ZeRO 2" in plan and "optimizer state" in plan
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses(base), rel=1e-6)
 
 

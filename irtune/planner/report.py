@@ -120,7 +120,8 @@ def shortage(plan: RunPlan) -> str | None:
 def compare(plan: RunPlan, measured: int) -> str:
     """One line about the measured peak, `memory.peak_memory_bytes`: planned 1.23 GiB, measured 1.10 GiB (-11%)."""
     total = plan.estimate.total
+    kept = ", with freed memory that the C library keeps" if plan.parts.device == "cpu" else ""
     return (
         f"memory per rank: planned {total / GIB:.2f} GiB, measured {measured / GIB:.2f} GiB "
-        f"({(measured - total) / total:+.0%})"
+        f"({(measured - total) / total:+.0%}){kept}"
     )

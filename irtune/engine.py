@@ -73,6 +73,7 @@ class Engine:
         # Of lower-precision parameters ZeRO keeps fp32 masters, which alone remember what rounding takes away.
         self.keeps_master = table.head[0][1].dtype != torch.float32
         table.set_trainable([])
+        self.recompute.set_trained([], table.lowest([]))
         join_deepspeed()
         gc.collect()
         gc.freeze()  # ZeRO 3 runs the collector at every rebuild: spare it the model's objects
@@ -180,7 +181,7 @@ class Engine:
             parameter.grad = None
             parameter._hp_mapping = None  # type: ignore[attr-defined]
         self.table.set_trainable(selected)
-        self.recompute.set_lowest(min(selected, default=self.table.num_layers))
+        self.recompute.set_trained(selected, self.table.lowest(selected))
         self.selected = list(selected)
         with no_collection():
             self.ds._configure_optimizer(self._new_adamw(selected), None)

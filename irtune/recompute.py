@@ -6,7 +6,7 @@ there those layers are recomputed, so that scoring needs no more memory than tra
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,31 +33,34 @@ class Recompute:
         # Layers of models that bring their own code may not know how; then scoring needs the memory of all layers.
         self.possible = all(hasattr(module, "gradient_checkpointing") for module in modules)
         self.modules = list(modules) if self.possible else []
-        self.lowest = len(self.modules)
         for module in self.modules:
             module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)  # type: ignore
             if reentrant:
                 module.register_forward_pre_hook(self._connect, with_kwargs=True)
-        self.set_lowest(self.lowest)
+        self.set_trained((), len(self.modules))
 
-    def set_lowest(self, layer: int) -> None:
-        """Layers below `layer` are not trained from now on; L: none is."""
-        self.lowest = layer
-        self._recompute(range(layer, len(self.modules)) if self.always else range(0))
+    def set_trained(self, selected: Collection[int], lowest: int) -> None:
+        """From now on `selected` layers train, and gradients reach down to layer `lowest` (L: to none)."""
+        self.selected, self.lowest = set(selected), min(lowest, len(self.modules))
+        self._recompute(range(self.lowest, len(self.modules)) if self.always else ())
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """A pass whose backward reaches all layers, in about the memory of one that ends at the lowest trained."""
-        lowest = min(self.lowest, len(self.modules))
-        # What the layers below add, their inputs, is taken from trained layers that are recomputed as well.
-        until = len(self.modules) if self.always else lowest + -(-lowest // INPUTS_PER_LAYER)
-        self._recompute(range(until))
+        """A pass in which the adapters of all layers get gradients, in no more memory than one without.
+
+        Layers that do not train are recomputed: below the lowest trained one they would store all that they store
+        nothing of in training, above it what their adapters need. What is left, the inputs of the layers below, is
+        taken from trained layers that are recomputed as well.
+        """
+        layers = range(len(self.modules))
+        trained = sorted(self.selected)[: -(-self.lowest // INPUTS_PER_LAYER)]
+        self._recompute(layers if self.always else {*layers} - self.selected | {*trained})
         try:
             yield
         finally:
-            self.set_lowest(self.lowest)
+            self.set_trained(self.selected, self.lowest)
 
-    def _recompute(self, layers: range) -> None:
+    def _recompute(self, layers: Collection[int]) -> None:
         for number, module in enumerate(self.modules):
             module.gradient_checkpointing = number in layers  # type: ignore[assignment]
 

@@ -202,7 +202,9 @@ def test_validate_shows_what_the_model_sees(llama, corpus, capsys):
     assert all(word in found["first_examples"][0]["text"] for word in first["before"].split()[:3])
     assert any("warmup" in line for line in found["warnings"])
     assert main(["validate", *options]) == 0
-    assert "the configuration can be run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the configuration can be run" in said and "memory planned per rank under ZeRO 2" in said
+    assert found["planned_memory_bytes"] > 100 * 2**20  # Python with torch alone
 
 
 def test_validate_finds_errors_of_several_kinds_at_once(tmp_path, capsys):

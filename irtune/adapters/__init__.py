@@ -38,6 +38,7 @@ def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Mod
         classifier.anatomy,
         every_layer=getattr(kind, "EVERY_LAYER", True),
         pretrained=getattr(kind, "PRETRAINED", False),
+        below=getattr(kind, "BELOW", False) or adapter.embeddings,
     )
     dtypes = {parameter.dtype for _, parameter in table.all()}
     assert len(dtypes) == 1, f"adapters and head must share one dtype, not {dtypes}"

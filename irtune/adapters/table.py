@@ -20,6 +20,7 @@ class LayerTable:
     layers: for each of the L layers, its adapter parameters with their names in the model.
     head: parameters that always train.
     modules: the L layer modules themselves.
+    below: whether parameters outside the layers need gradients through all of them: embeddings, a prompt.
     pretrained: whether the layers' parameters are the model's own weights, which need not be saved before they train.
     origins: first values of parameters, for measurements that turn them down; see `adapters.scaling`.
     """
@@ -28,12 +29,17 @@ class LayerTable:
     head: Named
     modules: list[nn.Module]
     pretrained: bool = False
+    below: bool = False
     origins: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def groups(self, layers: Iterable[int] | None = None) -> list[Named]:
         """Parameters of each of `layers` (None: of all that have any), and of the head."""
         chosen = range(self.num_layers) if layers is None else sorted(layers)
         return [*(self.layers[number] for number in chosen if self.layers[number]), self.head]
+
+    def lowest(self, selected: Iterable[int]) -> int:
+        """The lowest layer that gradients reach when `selected` layers train; L when they reach none."""
+        return 0 if self.below else min(selected, default=self.num_layers)
 
     @property
     def num_layers(self) -> int:
@@ -54,7 +60,7 @@ class LayerTable:
 
 
 def build_table(
-    model: nn.Module, anatomy: Anatomy, *, every_layer: bool = True, pretrained: bool = False
+    model: nn.Module, anatomy: Anatomy, *, every_layer: bool = True, pretrained: bool = False, below: bool = False
 ) -> LayerTable:
     """Sort the parameters of `model` that require gradients into layers and head, which is what lies outside layers.
 
@@ -74,4 +80,4 @@ def build_table(
         raise ModelError(f"no adapter in layers {empty}: adapter.target_modules does not reach them")
     suffix = f".{anatomy.layers}"
     lists = [module for name, module in model.named_modules() if f".{name}".endswith(suffix)]
-    return LayerTable(layers, head, list(lists[0].children()), pretrained)
+    return LayerTable(layers, head, list(lists[0].children()), pretrained, below)

@@ -10,15 +10,19 @@ from irtune.config import Config, load_config
 from irtune.config.engine_json import read_engine_json
 from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
 from irtune.errors import ConfigError, IrtuneError
+from irtune.memory import device_memory_bytes
 from irtune.models import load_tokenizer
+from irtune.planner import describe, plan_run, shortage
+from irtune.runtime import read_world
 from irtune.zero import unknown_zero_keys
 
 SHOWN = 3
 RARE = 20
 HELP = """usage: python -m irtune validate --config FILE [--section.key value ...] [--ranks N] [--json]
 
-Check a configuration without training: every error and warning at once, the batch arithmetic, and the first three
-examples as the model will see them. No weights of the base model are loaded. Exit status 0: it can run; 2: it cannot.
+Check a configuration without training: every error and warning at once, the batch arithmetic, the memory plan, and the
+first three examples as the model will see them. No weights of the base model are loaded. Exit status 0: it can run; 2:
+it cannot.
 
 example: python -m irtune validate --config launch/recipes/iterater-smollm2.yaml --data.path corpus/
 """
@@ -69,9 +73,12 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     if problems or not (corpus and tokenizer and encoded and plan):
         raise ConfigError(problems)
     steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
+    device = read_world().device
+    memory = plan_run(config, settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels)
+    short = memory and shortage(memory)
     full = [len(item["input_ids"]) >= config.data.max_length for item in encoded["train"]]
     return {
-        "warnings": _warnings(corpus, sum(full), steps, config),
+        "warnings": _warnings(corpus, sum(full), steps, config) + ([short] if short else []),
         "examples": {split: len(rows) for split, rows in corpus.splits.items()},
         "labels": dict(Counter(corpus.labels[example.label] for example in corpus.splits["train"])),
         "batch": {
@@ -82,6 +89,8 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
             "steps": steps,
             "steps_per_epoch": plan.steps_per_epoch,
         },
+        "memory_plan": memory and describe(memory),
+        "planned_memory_bytes": memory and memory.estimate.total,
         "zero_stage": settings["zero_optimization"]["stage"],
         "method": config.tuning.method,
         "adapter": config.adapter.type,
@@ -137,6 +146,7 @@ def _text(found: dict[str, Any]) -> str:
         f"rank(s) = {batch['examples_per_step']} per step, {batch['steps']} steps "
         f"({batch['steps_per_epoch']} per epoch)",
         f"method {found['method']}, adapter {found['adapter']}, ZeRO {found['zero_stage']}",
+        *([found["memory_plan"]] if found["memory_plan"] else []),
     ]
     for example in found["first_examples"]:
         lines += ["", f"--- {example['id']}: {example['label']}, {example['tokens']} tokens", example["text"]]

@@ -38,7 +38,7 @@ def training_step(
     With `scoring`, gradients flow into the adapters of all layers, as in a step that scores them.
     """
     table.set_trainable(list(range(table.num_layers)) if scoring else list(selected))
-    recompute.set_lowest(min(selected, default=table.num_layers))
+    recompute.set_trained(selected, table.lowest(selected))
     handles = [
         parameter.register_post_accumulate_grad_hook(_forget) for _, parameter in table.all() if parameter.requires_grad
     ]

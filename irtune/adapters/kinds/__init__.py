@@ -6,5 +6,6 @@ labels and returns an object with `logits` [batch, classes]. Parameters of a lay
 lies elsewhere is trained always, like the head. That is all a new type needs. It may also say
 
 EVERY_LAYER = False  when some layers have no parameters (otherwise that is an error)
+BELOW = True         when parameters outside the layers need gradients through all of them
 PRETRAINED = True    when its parameters are the model's own weights, which checkpoints hold only once they trained
 """

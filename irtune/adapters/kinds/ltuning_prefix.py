@@ -15,6 +15,8 @@ from irtune.adapters.trained import freeze, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 
+BELOW = True  # F, which all layers share
+
 
 class LabelKeysAndValues(KeysAndValues):
     """Z of one layer. `labels` holds F(h), [labels, d], while the model reads a batch."""

@@ -12,6 +12,7 @@ from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 
 EVERY_LAYER = False
+BELOW = True
 
 
 class LabelPrompted(SoftTokens):

@@ -21,6 +21,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _start(function: Callable[..., Any], world_size: int, args: tuple) -> tuple[list[Any], Any]:
+    """The processes, which have begun, and the queue that they put their results into."""
+    port = free_port()
+    queue = _server.Queue()
+    processes = [
+        _server.Process(target=_child, args=(queue, rank, world_size, port, function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes, queue
+
+
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0, only: int | None = None
 ) -> list[Any]:
@@ -31,14 +44,7 @@ def run_ranks(
     Raises:
         AssertionError: with the traceback of the first rank that failed, or when ranks do not end in time.
     """
-    port = free_port()
-    queue = _server.Queue()
-    processes = [
-        _server.Process(target=_child, args=(queue, rank, world_size, port, function, args))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes, queue = _start(function, world_size, args)
     results: dict[int, Any] = {}
     try:
         while len(results) < world_size and only not in results:
@@ -84,14 +90,7 @@ def kill_ranks(
     Raises:
         AssertionError: when one of them has not after 60 s.
     """
-    port = free_port()
-    queue = _server.Queue()
-    processes = [
-        _server.Process(target=_child, args=(queue, rank, world_size, port, function, args))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes, _ = _start(function, world_size, args)
     when()
     killed = time.monotonic()
     for rank in victims:

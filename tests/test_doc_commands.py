@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +63,9 @@ def blocks(text: str) -> Iterator[tuple[str, list[str]]]:
     for part in re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL):
         fence = re.match(r"```(\w*)\n(.*)```$", part, re.DOTALL)
         if fence is not None:
-            found = logical_lines(fence[2])
+            # In a console, lines without a prompt are what the command printed.
+            typed = "".join(re.findall(r"^\$ .*\n", fence[2], re.MULTILINE)) if fence[1] == "console" else fence[2]
+            found = logical_lines(typed)
             known = found if fence[1] in SHELLS else [line for line in found if STARTS_WITH_A_PROGRAM.match(line)]
             yield before[-1] if before else "", known if fence[1] != "python" else []
             continue
@@ -262,7 +265,7 @@ def run_irtune(workshop: Workshop, text: str) -> None:
 
 def run_launcher(workshop: Workshop, text: str) -> None:
     """As the shell does, on one rank, with options that keep it short."""
-    folder = workshop.folder / "local"
+    folder = workshop.folder / f"local-{zlib.crc32(text.encode())}"
     words = [*workshop.words(text), *workshop.tiny(), "--run.output_dir", str(folder)]
     environment = workshop.environment()
     while "=" in words[0]:

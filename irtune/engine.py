@@ -68,7 +68,11 @@ class Engine:
         self._norm: torch.Tensor | None = None
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         self.layout = Layout(self.stage)
-        self.recompute = Recompute(table.modules, reentrant=self.stage == 3, always=recompute)
+        # The reentrant kind would go back through what layers share, once for each of them (ltuning-prefix).
+        shared = self.stage == 3 and table.below and any(table.layers) and not table.pretrained
+        if shared and recompute:
+            log.warning("model.gradient_checkpointing is not used: under ZeRO 3 this adapter's layers share a network")
+        self.recompute = Recompute([] if shared else table.modules, reentrant=self.stage == 3, always=recompute)
         self.offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
         # Of lower-precision parameters ZeRO keeps fp32 masters, which alone remember what rounding takes away.
         self.keeps_master = table.head[0][1].dtype != torch.float32

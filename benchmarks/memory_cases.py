@@ -172,6 +172,7 @@ def _irtune(folder: Path, case: Case, device: str, meter: Meter) -> dict[str, An
     classifier = load_classifier(config.model, LABELS)
     meter.loaded(classifier.model)
     network, table = add_adapters(classifier, config.adapter)
+    table.idle.has_trained(range(table.num_layers))  # as late in a run: no update is left out
     park = config.tuning.deselected_state == "offload"
     engine = Engine(network, table, config.optim, settings, park=park, recompute=case.checkpointing)
     weights, loading = meter.now, meter.peak

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from irtune import __version__, runtime
+from irtune import __version__, logs, nodes, runtime
 from irtune.checkpoint import find_damage, fingerprint, versions, writing
 from irtune.config import Config
+from irtune.config.batch import for_ranks
+from irtune.config.safety import redact
 from irtune.engine import Engine
-from irtune.errors import IrtuneError
+from irtune.errors import IrtuneError, StoppedError
 from irtune.faults import as_user_error, stop_within, tell_the_others
+from irtune.kernels import add_fused_kernels, compile_layers
 from irtune.losses import build_loss
 from irtune.memory import peak_host_memory_bytes, peak_memory_bytes
 from irtune.planner import compare, describe
@@ -42,7 +45,9 @@ def run(config: Config) -> dict[str, Any] | None:
     _quiet(world)
     settings = engine_settings(config, world)
     runtime.start(world, config.run.timeout_seconds)
+    failure: BaseException | None = None
     try:
+        nodes.check(config, settings, world)
         runtime.doing("reading model and corpus")
         runtime.seed_everything(config.run.seed, deterministic=config.run.deterministic)
         folder = Path(config.run.output_dir).expanduser()
@@ -51,18 +56,22 @@ def run(config: Config) -> dict[str, Any] | None:
             log.info("%s is finished; these are its results", folder)
             return json.loads((folder / "results.json").read_text(encoding="utf-8")) if world.is_main else None
         with writing(folder):
+            logs.open_log(folder / "logs", world.rank, str(world.device), clean=redact)
             results = _train(plans, world, folder)
     except IrtuneError as error:
+        failure = error
         tell_the_others(error)
         raise
     except Exception as error:
-        told = as_user_error(error, config, settings["zero_optimization"]["stage"])
-        tell_the_others(told or error)
+        told = as_user_error(error, for_ranks(config, world.size), settings["zero_optimization"]["stage"])
+        failure = told or error
+        tell_the_others(failure)
         if told is None:
             raise
         raise told from error
     finally:
-        stop_within(SECONDS_TO_LEAVE)
+        logs.close_log(failure or sys.exc_info()[1], failed=not isinstance(failure, StoppedError))
+        stop_within(SECONDS_TO_LEAVE, failure)
     return results if world.is_main else None
 
 
@@ -90,7 +99,10 @@ def _train(plans: Plans, world: World, folder: Path) -> dict[str, Any]:
 def _quiet(world: World) -> None:
     """One voice: rank 0 reports, libraries only warn."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    log.setLevel(logging.INFO if world.is_main else logging.ERROR)
+    log.setLevel(logging.INFO)  # for the logs of all ranks
+    if not world.is_main:
+        for console in logging.getLogger().handlers:
+            console.addFilter(lambda record: not record.name.startswith("irtune") or record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to each other, not to our users
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -102,6 +114,10 @@ def _build(plans: Plans, world: World, folder: Path) -> Trainer:
     park = config.tuning.deselected_state == "offload"
     labels = [example.label for example in plans.corpus.splits["train"]]
     loss = build_loss(config.optim, [labels.count(c) for c in range(len(plans.corpus.labels))], world.device)
+    if config.model.fused_kernels:
+        add_fused_kernels(plans.model)
+    if config.model.compile:
+        compile_layers(plans.table.modules)
     engine = Engine(
         plans.model,
         plans.table,

@@ -12,11 +12,9 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +22,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from irtune import __version__
 from irtune.errors import CheckpointError, OutputError
+from irtune.machine import versions as versions
+from irtune.zero import whole, whole_shape
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 MANIFEST = "manifest.json"
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "tensorboard")
 STEP = re.compile("step_[0-9]{1,18}")
 log = logging.getLogger("irtune")
-
-
-def versions() -> dict[str, str]:
-    """Versions of irtune, of Python, and of the packages that decide what a run computes."""
-    return {"irtune": __version__, "python": platform.python_version()} | {
-        name: metadata.version(name) for name in PACKAGES
-    }
 
 
 class Checkpoints:
@@ -214,20 +205,23 @@ def load_into(
 ) -> None:
     """Copy saved adapters and head into a model that is under no engine yet; `optional` ones may be missing.
 
+    Collective where parameters are partitioned.
+
     Raises:
         CheckpointError: naming the first parameter that is missing or has another shape.
     """
-    for name, parameter in parameters:
-        saved = tensors.get(name)
-        if saved is None and name in optional:
-            continue
-        if saved is None or saved.shape != parameter.shape:
-            shape = None if saved is None else tuple(saved.shape)
+    present = [(name, parameter) for name, parameter in parameters if name in tensors or name not in optional]
+    for name, parameter in present:
+        saved, shape = tensors.get(name), whole_shape(parameter)
+        if saved is None or saved.shape != shape:
+            found = None if saved is None else tuple(saved.shape)
             raise CheckpointError(
-                f"{folder}: {name} has shape {shape} there and {tuple(parameter.shape)} here; the checkpoint belongs "
+                f"{folder}: {name} has shape {found} there and {tuple(shape)} here; the checkpoint belongs "
                 "to another model, adapter or list of labels; set run.resume to never and another run.output_dir"
             )
-        parameter.data.copy_(saved)
+    for name, parameter in present:  # one by one: a rank need not have room for the whole model
+        with whole([parameter], write=True):
+            parameter.data.copy_(tensors[name])
 
 
 def _flush(file: Path) -> None:

@@ -89,12 +89,11 @@ def _user_error(error: IrtuneError, show_traceback: bool) -> int:
 
 
 def _report(error: IrtuneError) -> None:
-    """Rank 0 speaks for errors that all ranks share; a rank that fails alone speaks for itself."""
-    rank = launcher.variable("RANK", "0")
-    if rank == "0":
+    """The first rank of each node speaks for errors that all share; a rank that fails alone speaks for itself."""
+    if launcher.variable("RANK", "0") == "0":
         sys.stderr.write(f"error: {redact(str(error))}\n")
-    elif not isinstance(error, ConfigError):
-        sys.stderr.write(f"error on rank {rank}: {redact(str(error))}\n")
+    elif launcher.variable("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
+        sys.stderr.write(f"error on {launcher.here()}: {redact(str(error))}\n")
     sys.stderr.flush()
 
 

@@ -28,7 +28,7 @@ from irtune.errors import DistributedError
 from irtune.losses import Loss, cross_entropy
 from irtune.optimizer_state import MOMENTS, Layout, Parking, StepState, recut
 from irtune.recompute import Recompute
-from irtune.zero import SkippingAdamW, check_version, join_deepspeed, no_collection
+from irtune.zero import SkippingAdamW, check_version, join_deepspeed, rebuilding
 
 HEAD = "head"
 Key = int | str
@@ -179,16 +179,17 @@ class Engine:
         dropped = [number for number in self.selected if number not in keep]
         if self.stage == 3:
             old._partition_all_parameters()
-        if hasattr(old, "destroy"):
-            old.destroy()
-        for _, parameter in self.table.all():
-            parameter.grad = None
-            parameter._hp_mapping = None  # type: ignore[attr-defined]
-        self.table.set_trainable(selected)
-        self.recompute.set_trained(selected, self.table.lowest(selected))
-        self.selected = list(selected)
-        with no_collection():
-            self.ds._configure_optimizer(self._new_adamw(selected), None)
+        adamw = self._new_adamw(selected)
+        with rebuilding(self.ds, [parameter for group in adamw.param_groups for parameter in group["params"]]):
+            if hasattr(old, "destroy"):
+                old.destroy()
+            for _, parameter in self.table.all():
+                parameter.grad = None
+                parameter._hp_mapping = None  # type: ignore[attr-defined]
+            self.table.set_trainable(selected)
+            self.recompute.set_trained(selected, self.table.lowest(selected))
+            self.selected = list(selected)
+            self.ds._configure_optimizer(adamw, None)
         if hasattr(self.ds.optimizer, "register_grad_acc_post_hook"):
             self.ds.optimizer.register_grad_acc_post_hook(self.ds._backward_post_hook)
         for name in ("loss_scaler", "loss_scale_config"):  # fp16: the scale that was found goes on
@@ -362,6 +363,7 @@ class Engine:
 
         Optimizer masters are not updated.
         """
+        self.table.idle.has_trained(self.table.idle.changed_by(tensors, self.table.layers))
         for named in self.table.groups():
             present = [(name, parameter) for name, parameter in named if name in tensors]
             with self._whole([parameter for _, parameter in present], write=True):

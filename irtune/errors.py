@@ -14,13 +14,21 @@ class IrtuneError(Exception):
 class ConfigError(IrtuneError):
     """A configuration that cannot be run. Carries every problem that was found, not only the first."""
 
+    place = "the configuration"  # of several problems
+
     def __init__(self, problems: str | Sequence[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         if len(self.problems) == 1:
             super().__init__(self.problems[0])
         else:
             lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-            super().__init__(f"{len(self.problems)} errors in the configuration:\n{lines}")
+            super().__init__(f"{len(self.problems)} errors in {self.place}:\n{lines}")
+
+
+class NodesError(ConfigError):
+    """Nodes that do not fit together: other versions, options or corpora, or a folder that some do not see."""
+
+    place = "the nodes of this job"
 
 
 class DataError(IrtuneError):

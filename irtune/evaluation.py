@@ -5,13 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchmetrics.functional.classification import (
-    multiclass_average_precision,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_precision,
-    multiclass_recall,
-)
 
 from irtune import runtime
 from irtune.data import collate, evaluation_batches
@@ -72,12 +65,15 @@ def metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
     Classes that occur neither as label nor as prediction count as zero in macro averages. AUPRC is the macro mean over
     all classes of the average precision of the softmax scores.
     """
+    # Imported here: it takes half a second, which the first step need not wait for.
+    from torchmetrics.functional import classification
+
     logits, labels, classes = predictions.logits, predictions.labels, len(names)
     predicted = logits.argmax(-1)
     every: dict[str, Any] = {"num_classes": classes, "average": None}
-    precision = multiclass_precision(predicted, labels, **every)
-    recall = multiclass_recall(predicted, labels, **every)
-    f1 = multiclass_f1_score(predicted, labels, **every)
+    precision = classification.multiclass_precision(predicted, labels, **every)
+    recall = classification.multiclass_recall(predicted, labels, **every)
+    f1 = classification.multiclass_f1_score(predicted, labels, **every)
     average_precision = _average_precision(predictions.probabilities, labels, classes)
     support = torch.bincount(labels, minlength=classes)
     return {
@@ -98,12 +94,14 @@ def metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
             }
             for c, name in enumerate(names)
         },
-        "confusion_matrix": multiclass_confusion_matrix(predicted, labels, num_classes=classes).tolist(),
+        "confusion_matrix": classification.multiclass_confusion_matrix(predicted, labels, num_classes=classes).tolist(),
     }
 
 
 def _average_precision(probabilities: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     """Average precision per class, float32 [classes]; 0 for classes without an example, where it is not defined."""
+    from torchmetrics.functional.classification import multiclass_average_precision
+
     present = torch.bincount(labels, minlength=classes) > 0
     result = torch.zeros(classes)
     values = multiclass_average_precision(probabilities, labels, num_classes=classes, average=None)

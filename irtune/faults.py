@@ -1,5 +1,6 @@
 """What goes wrong outside the code, as one sentence: memory that is short, ranks that do not answer."""
 
+import sys
 import threading
 
 import torch
@@ -51,7 +52,7 @@ def _out_of_memory(config: Config, stage: int, text: str) -> str:
 
 
 def _here() -> str:
-    return f"rank {runtime.rank()}, at: {runtime.watch().doing}"
+    return f"{runtime.watch().name(runtime.rank())}, at: {runtime.watch().doing}"
 
 
 def _first_line(text: str) -> str:
@@ -60,12 +61,21 @@ def _first_line(text: str) -> str:
 
 def tell_the_others(error: BaseException) -> None:
     """Let the other ranks say why this one failed."""
-    runtime.watch().report(f"rank {runtime.rank()}: {error if isinstance(error, IrtuneError) else repr(error)}")
+    runtime.watch().report(
+        f"{runtime.watch().name(runtime.rank())}: {error if isinstance(error, IrtuneError) else repr(error)}"
+    )
 
 
-def stop_within(seconds: float) -> None:
-    """Leave the process group; where that hangs, since ranks are gone, end this process."""
-    killer = threading.Timer(seconds, launcher.leave)
+def stop_within(seconds: float, error: BaseException | None = None) -> None:
+    """Leave the process group; where that hangs, since ranks are gone, say `error` and end this process."""
+
+    def leave() -> None:
+        if error is not None:
+            sys.stderr.write(f"error on {launcher.here()}: {error}\n")
+            sys.stderr.flush()
+        launcher.leave()
+
+    killer = threading.Timer(seconds, leave)
     killer.daemon = True
     killer.start()
     try:

@@ -40,6 +40,7 @@ class LayerScores:
         layers = self.table.num_layers
         self._sums = torch.zeros(layers, dtype=torch.float64, device=self.device)
         self._counts = torch.zeros(layers, dtype=torch.float64, device=self.device)
+        self._norms: list[tuple[int, torch.Tensor]] = []  # (layer, fp32 scalar) of this micro-batch's tensors
         self._gradients: dict[tuple[int, int], torch.Tensor] = {}  # (layer, parameter) -> sum over micro-batches
         self._micro_batches = 0
         self._scored: set[int] = set()
@@ -62,8 +63,20 @@ class LayerScores:
             elif self.kind == "cosine":
                 self._watch_hidden_states(cleanup, attention_mask)
             yield
+        self._add_squares(factor)
+
+    def _add_squares(self, factor: float) -> None:
+        """Fold the micro-batch's norms, gathered with one kernel per tensor, into the layers' sums of squares."""
+        if not self._norms:
+            return
+        layers, norms = zip(*self._norms)
+        squares = (torch.stack(norms) * factor).double() ** 2
+        self._sums.index_add_(0, torch.tensor(layers, device=self.device), squares)
+        self._norms = []
 
     def _watch_gradients(self, cleanup: contextlib.ExitStack, all_layers: bool, factor: float) -> None:
+        if all_layers:
+            cleanup.enter_context(self.table.idle.awake())
         for layer, parameters in enumerate(self.table.layers):
             for position, (_, parameter) in enumerate(parameters):
                 if not parameter.requires_grad:
@@ -80,16 +93,15 @@ class LayerScores:
     def _gradient_hook(self, layer: int, position: int, factor: float):
         """A hook that adds one parameter's gradient of this micro-batch and leaves the gradient as it is."""
 
-        def add_square(gradient: torch.Tensor) -> None:
-            norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
-            self._sums[layer] += (norm * factor).double() ** 2
+        def add_norm(gradient: torch.Tensor) -> None:
+            self._norms.append((layer, torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)))
 
         def add_gradient(gradient: torch.Tensor) -> None:
             scaled = gradient.detach().float() * factor
             known = self._gradients.get((layer, position))
             self._gradients[layer, position] = scaled if known is None else known.add_(scaled)
 
-        return add_square if self.kind == "rms" else add_gradient
+        return add_norm if self.kind == "rms" else add_gradient
 
     def _watch_hidden_states(self, cleanup: contextlib.ExitStack, attention_mask: torch.Tensor) -> None:
         def compare(layer: int):

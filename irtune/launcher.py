@@ -1,6 +1,8 @@
 """The environment, read in this one place: what the launcher says about ranks, and what tests are told."""
 
 import os
+import socket
+from pathlib import Path
 
 
 def variable(name: str, default: str) -> str:
@@ -11,6 +13,16 @@ def variable(name: str, default: str) -> str:
 def set_default(name: str, value: str) -> None:
     """Set an environment variable that nobody has set."""
     os.environ.setdefault(name, value)
+
+
+def here() -> str:
+    """Rank and host of this process, for messages."""
+    return f"rank {variable('RANK', '0')} ({socket.gethostname()})"
+
+
+def cache_folder() -> Path:
+    """Folder of what is made once and used by many runs: IRTUNE_CACHE, or ~/.cache/irtune, as in the launch scripts."""
+    return Path(os.environ.get("IRTUNE_CACHE") or "~/.cache/irtune").expanduser()
 
 
 def leave() -> None:

@@ -1,14 +1,9 @@
-"""Pretrained sequence classifiers, and where their parts are: transformer layers, head, attention output projections.
-
-Layers are found from the module tree, not from a table of architectures: they are the `ModuleList` that holds most
-parameters. The head is everything outside the pretrained body, plus whatever the pretrained files did not contain.
-"""
+"""Pretrained sequence classifiers from a folder or the hub: whole, quantised, or in shares."""
 
 import contextlib
 import copy
 import json
 import logging
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +19,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 
 from irtune import quantization, runtime
+from irtune.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.config.safety import redact
 from irtune.config.schema import ModelConfig
 from irtune.errors import ModelError
@@ -35,22 +30,7 @@ from irtune.zero import make_whole, sharded_loading
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION_NAMES = ("attn", "attention")
 INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Names of a classifier's parts, as `named_modules()` of the model without adapters spells them.
-
-    layers: the list of transformer layers; layer 3 is `{layers}.3`.
-    num_layers: L.
-    head: modules that are trained besides the layers, the classification head first.
-    """
-
-    layers: str
-    num_layers: int
-    head: tuple[str, ...]
 
 
 @dataclass
@@ -75,7 +55,8 @@ def load_classifier(
         labels: names of the classes.
         device: where a quantised model is made (None: this rank's device); others are loaded to the CPU.
         sharded: the section zero_optimization of stage 3: each rank keeps its share of the weights only, but the
-            whole head. Collective then. None: each rank gets the whole model.
+            whole head. Collective then. None: each rank gets the whole model. So it does where the files do not allow
+            it, which a warning says.
 
     Raises:
         ModelError: when there is no such model, it has no tokenizer, no list of layers can be found in it, its weights
@@ -110,7 +91,10 @@ def load_classifier(
     settings.pad_token_id = tokenizer.pad_token_id
     settings.use_cache = False
     dtype = DTYPES[config.dtype]
-    sharded = sharded if sharded is not None and _head_fits(config, settings, Path(source)) else None
+    obstacle = _sharding_obstacle(config, settings, Path(source)) if sharded is not None else None
+    if obstacle is not None:
+        log.warning("%s: every rank loads the whole model before ZeRO 3 divides it", obstacle)
+        sharded = None
     with sharded_loading(sharded, dtype) if sharded is not None else contextlib.nullcontext():
         model, info = _load(
             AutoModelForSequenceClassification,
@@ -156,15 +140,22 @@ def _skeleton(config: ModelConfig, settings: PretrainedConfig) -> nn.Module:
         raise _unusable(config.name_or_path, "model", error) from error
 
 
-def _head_fits(config: ModelConfig, settings: PretrainedConfig, folder: Path) -> bool:
-    """Whether no weight in the files has another shape than in the model, which sharded loading cannot replace."""
+def _sharding_obstacle(config: ModelConfig, settings: PretrainedConfig, folder: Path) -> str | None:
+    """Why a model's files cannot be loaded share by share, or None where they can.
+
+    Sharded loading can replace no weight that has another shape in the files, such as a head for other labels.
+    """
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        return f"{folder} holds pickles only" if folder.is_dir() else f"{folder} is not on this machine yet"
     wanted = {name: tuple(parameter.shape) for name, parameter in _skeleton(config, settings).named_parameters()}
-    for file in folder.glob("*.safetensors"):
+    for file in files:
         with safe_open(file, framework="pt") as weights:
-            for name in wanted.keys() & set(weights.keys()):
-                if tuple(weights.get_slice(name).get_shape()) != wanted[name]:
-                    return False
-    return any(folder.glob("*.safetensors"))
+            for name in sorted(wanted.keys() & set(weights.keys())):
+                shape = tuple(weights.get_slice(name).get_shape())
+                if shape != wanted[name]:
+                    return f"{name} has shape {shape} in the files and {wanted[name]} in the model"
+    return None
 
 
 def load_settings(config: ModelConfig) -> PretrainedConfig:
@@ -288,111 +279,3 @@ def _unusable(source: str, what: str, error: Exception) -> ModelError:
     if "use_safetensors" in reason:  # transformers' advice is an option that users do not have
         return _without_safetensors(source)
     return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason[:300]}")
-
-
-def find_anatomy(model: nn.Module, missing: Collection[str] = ()) -> Anatomy:
-    """Find layers and head of `model`.
-
-    Args:
-        model: a sequence classifier of transformers without adapters.
-        missing: names of parameters that the pretrained files did not contain and that are random now.
-
-    Raises:
-        ModelError: when the model has no list of layers or no head.
-    """
-    best, size = "", 0
-    for name, module in model.named_modules():
-        count = sum(quantization.elements(parameter) for parameter in module.parameters())
-        # Outer lists come first, so that a list inside a layer (experts) never beats the list of layers.
-        if isinstance(module, nn.ModuleList) and count > size:
-            best, size = name, count
-    if not best:
-        raise ModelError(f"{type(model).__name__} has no list of transformer layers")
-    body = getattr(model, "base_model_prefix", "")
-    head = [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
-    for name in sorted(missing):
-        owner = name.rpartition(".")[0]
-        if not any(owner == part or owner.startswith(f"{part}.") for part in head):
-            log.warning("%s is not in the pretrained files: it starts random and is trained with the head", owner)
-            head.append(owner)
-    if not head:
-        raise ModelError(f"{type(model).__name__} has no classification head outside {body!r}")
-    return Anatomy(best, len(list(model.get_submodule(best).children())), tuple(dict.fromkeys(head)))
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a matrix product that an adapter can stand beside (GPT-2's Conv1D is one too)."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def linear_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
-    """Names of the linear modules inside one layer, for example `self_attn.q_proj`, in order."""
-    names: dict[str, None] = {}
-    for layer in model.get_submodule(anatomy.layers).children():
-        names |= {name: None for name, module in layer.named_modules() if is_linear(module)}
-    return list(names)
-
-
-class PlainWeights(Sequence[torch.Tensor]):
-    """Weights of linear modules; those that are quantised are made floating-point one at a time, when asked for."""
-
-    def __init__(self, modules: Sequence[nn.Module]):
-        self.modules = modules
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __getitem__(self, place: Any) -> Any:
-        """The weight at `place`, a number."""
-        return quantization.plain_weight(self.modules[place])
-
-
-def output_projections(model: nn.Module, anatomy: Anatomy) -> Sequence[torch.Tensor]:
-    """Weight of each layer's attention output projection: the last linear module of its attention, L tensors.
-
-    Raises:
-        ModelError: when a layer has no attention with linear modules.
-    """
-    modules = []
-    for number, layer in enumerate(model.get_submodule(anatomy.layers).children()):
-        inside = [
-            module
-            for name, module in layer.named_modules()
-            if is_linear(module) and any(word in name.lower() for word in ATTENTION_NAMES)
-        ]
-        if not inside:
-            raise ModelError(f"layer {number} has no attention output projection; use another tuning.score than weight")
-        modules.append(inside[-1])
-    return PlainWeights(modules)
-
-
-class CastLinear(nn.Linear):
-    """A linear module whose fp32 parameters compute in the number format of the input.
-
-    So the head learns in fp32 over a lower-precision body, and a model that peft loads back, with the head in the
-    body's format, computes the same numbers.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the input's dtype."""
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
-
-
-class AdapterLinear(CastLinear):
-    """A factor of an update: trains in the number format of the input, evaluates in its own, as peft does.
-
-    In training, products in the base's bf16 take half of the time of fp32 ones, and no second copy of the input is
-    kept. In evaluation, the model then computes the same numbers as one that peft has loaded back.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out], in the input's dtype while training, in the weight's otherwise."""
-        return super().forward(input if self.training else input.to(self.weight.dtype))
-
-
-def compute_in_input_dtype(module: nn.Module, kind: type[CastLinear] = CastLinear) -> None:
-    """Make every plain linear module in `module` one of `kind`; parameters and their names stay."""
-    for part in module.modules():
-        if type(part) is nn.Linear:
-            part.__class__ = kind

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from irtune import runtime
+from irtune import launcher, nodes, runtime
 from irtune.adapters import LayerTable, add_adapters, remember_origins
 from irtune.adapters.label_texts import longest_label
+from irtune.anatomy import output_projections
 from irtune.checkpoint import (
     TRAINABLE,
     Checkpoints,
@@ -21,22 +22,31 @@ from irtune.checkpoint import (
     versions,
 )
 from irtune.config import Config, write_config
+from irtune.config.batch import for_ranks
 from irtune.config.engine_json import read_engine_json
-from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
+from irtune.data import BatchPlan, Corpus, Encoder, TokenCache, corpus_digest, read_corpus
 from irtune.errors import CheckpointError, ConfigError
 from irtune.importance import LayerScores
 from irtune.memory import device_memory_bytes
-from irtune.models import Classifier, load_classifier, longest_input, output_projections
+from irtune.models import Classifier, load_classifier, longest_input
 from irtune.planner import RunPlan, plan_run, shortage
+from irtune.quantization import elements
 from irtune.runtime import World
 from irtune.selection import Chooser, build_chooser
 from irtune.signal_noise import layer_ratios
-from irtune.zero import unknown_zero_keys
+from irtune.zero import unknown_zero_keys, whole
 
 log = logging.getLogger("irtune")
-# Adapters that are made without looking at the weights that they stand beside.
-SHARDED_TYPES = ("lora", "rslora", "bottleneck")
-HARMLESS = ("gradient_checkpointing", "attn_implementation", "trust_remote_code", "allow_pickle")  # of model
+DERIVED = ("gradient_accumulation_steps", "global_batch_size")  # of optim: their product with the ranks decides
+# Of model, what a resumed run may change.
+HARMLESS = (
+    "gradient_checkpointing",
+    "attn_implementation",
+    "compile",
+    "fused_kernels",
+    "trust_remote_code",
+    "allow_pickle",
+)
 
 
 @dataclass
@@ -88,16 +98,26 @@ def _check_device(config: Config, world: World) -> list[str]:
 
 def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path) -> Plans:
     """Everything that can fail by the user's doing, on all ranks alike, before the first byte is written."""
+    given, config = config, for_ranks(config, world.size)
     micro_batches = world.size * config.optim.gradient_accumulation_steps
     with runtime.shared_errors():
         checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
         resumed = _find_checkpoint(config, checkpoints)
         corpus = read_corpus(config.data)
+        digest = corpus_digest(corpus)
+    nodes.check_equal({"the corpus": digest, "the checkpoint to go on from": resumed.name if resumed else "none"})
+    with runtime.shared_errors():
         memory = _plan_memory(config, settings, world, corpus)
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
         _check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
-        encoded = {split: [encoder.encode(e) for e in examples] for split, examples in corpus.splits.items()}
+        cache = TokenCache(launcher.cache_folder() / "tokens", encoder, digest)
+        # Once per node: the others find it done when they have met the first at the end of this block.
+        early = world.local_rank == 0 or not cache.is_usable()
+        encoded = cache.load_or_encode(corpus) if early else {}
+    nodes.check_equal({"the tokenizer with its prompt": cache.key})
+    with runtime.shared_errors():
+        encoded = encoded or cache.load_or_encode(corpus)
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
         plan = BatchPlan(
             lengths, config.optim.micro_batch_size, micro_batches, config.run.seed, config.data.length_bucket
@@ -110,7 +130,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         model, table = add_adapters(classifier, config.adapter)
         if config.tuning.method == "ist":
             remember_origins(table)
-        sizes = [sum(parameter.numel() for _, parameter in layer) for layer in table.layers]
+        sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]
         chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
         identity = _identity(config, corpus, plan, max_steps)
         state = None
@@ -126,7 +146,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         )
         finished = trained and (folder / "results.json").is_file()
         if world.is_main and not finished:
-            _open_folder(folder, config)
+            _open_folder(folder, given)
     return Plans(
         config=config,
         settings=settings,
@@ -162,27 +182,40 @@ def _plan_memory(config: Config, settings: dict[str, Any], world: World, corpus:
 
 
 def _sharded(config: Config, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """ZeRO 3's section where each rank needs to load no more than its share of the model, else None."""
+    """ZeRO 3's section where each rank loads no more than its share of the model, else None.
+
+    Quantised weights are loaded whole: transformers packs a weight on the rank that reads it.
+    """
     zero = settings["zero_optimization"]
-    reads_weights = config.tuning.method == "spectrum" or config.tuning.score == "weight"
-    whole = reads_weights or config.adapter.type not in SHARDED_TYPES or config.model.quantization != "none"
-    return None if zero["stage"] != 3 or whole else zero
+    return zero if zero["stage"] == 3 and config.model.quantization == "none" else None
 
 
 def pretrained_weights(plans: Plans) -> dict[str, torch.Tensor]:
-    """Pretrained weights of the layers, read anew, where training overwrites them; else nothing.
+    """Pretrained weights of the layers, read anew, where training overwrites them; else nothing. Collective.
 
-    The best checkpoint lacks layers that first trained after it: they must be what they were before.
+    The best checkpoint lacks layers that first trained after it: they must be what they were before. Where ranks hold
+    shares, the layers are given their weights here, one by one, and nothing is returned.
     """
     if not plans.table.pretrained:
         return {}
-    weights = load_classifier(plans.config.model, plans.corpus.labels).model.state_dict()
-    return {name: weights[name] for layer in plans.table.layers for name, _ in layer}
+    zero = _sharded(plans.config, plans.settings)
+    if zero is not None:
+        zero = zero | {"offload_param": {"device": "cpu"}}  # the device may have no room for a second share
+    model = load_classifier(plans.config.model, plans.corpus.labels, sharded=zero).model
+    weights = dict(model.named_parameters())
+    if zero is None:
+        return {name: weights[name] for layer in plans.table.layers for name, _ in layer}
+    for layer in plans.table.layers:
+        parameters, read = [parameter for _, parameter in layer], [weights[name] for name, _ in layer]
+        with torch.no_grad(), whole(parameters, write=True), whole(read):
+            for parameter, values in zip(parameters, read):
+                parameter.copy_(values)
+    return {}
 
 
 def _identity(config: Config, corpus: Corpus, plan: BatchPlan, max_steps: int) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
-    optim = {key: value for key, value in vars(config.optim).items() if key != "gradient_accumulation_steps"}
+    optim = {key: value for key, value in vars(config.optim).items() if key not in DERIVED}
     places = ("path", "train", "dev", "test")
     return {
         "model": {key: value for key, value in vars(config.model).items() if key not in HARMLESS},

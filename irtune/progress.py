@@ -48,7 +48,17 @@ class Window:
     def __init__(self, progress: Progress):
         self.progress = progress
         self._losses: list[torch.Tensor] = []
-        self.tokens = self.examples = 0
+        self.forget_batches()
+
+    def forget_batches(self) -> None:
+        """Start counting examples, tokens, and positions (tokens and padding) anew."""
+        self.tokens = self.examples = self.positions = 0
+
+    def count(self, lengths: list[int]) -> None:
+        """A micro-batch of examples of `lengths` tokens, padded to the longest."""
+        self.tokens += sum(lengths)
+        self.examples += len(lengths)
+        self.positions += max(lengths) * len(lengths)
 
     def add(self, loss: torch.Tensor) -> None:
         """This rank's mean loss of a step, fp32 scalar."""
@@ -64,5 +74,5 @@ class Window:
     def mean(self) -> float | None:
         """Mean loss since the last line, after `drain`; None where every step was skipped. Starts a new window."""
         losses, self.progress.losses = self.progress.losses, []
-        self.tokens = self.examples = 0
+        self.forget_batches()
         return sum(losses) / len(losses) if losses else None

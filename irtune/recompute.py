@@ -6,6 +6,7 @@ there those layers are recomputed, so that scoring needs no more memory than tra
 """
 
 import functools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Stored inputs of recomputed layers that one layer's activations outweigh; measured: 17 to 40 in llama-like layers.
-INPUTS_PER_LAYER = 8
+# Least share of a trained layer's activations that the same layer stores when it is frozen and gradients pass through
+# it, and largest share of them that its input makes up, which is all that it stores when it is recomputed.
+FROZEN, INPUT = 0.6, 1 / 8
 
 
 class Recompute:
@@ -48,13 +50,14 @@ class Recompute:
     def scoring(self) -> Iterator[None]:
         """A pass in which the adapters of all layers get gradients, in no more memory than one without.
 
-        Layers that do not train are recomputed: below the lowest trained one they would store all that they store
-        nothing of in training, above it what their adapters need. What is left, the inputs of the layers below, is
-        taken from trained layers that are recomputed as well.
+        In training, layers below the lowest trained one store nothing, and frozen ones above it less than all. So many
+        layers are recomputed that the others store no more than that: the lowest, whose activations come back when
+        those of the layers above are gone.
         """
-        layers = range(len(self.modules))
-        trained = sorted(self.selected)[: -(-self.lowest // INPUTS_PER_LAYER)]
-        self._recompute(layers if self.always else {*layers} - self.selected | {*trained})
+        layers, trained = len(self.modules), len(self.selected)
+        stored = trained + FROZEN * (layers - self.lowest - trained)  # in a training step, in trained layers' worth
+        lowest = math.ceil((layers - stored) / (1 - INPUT))
+        self._recompute(range(layers if self.always else min(layers, lowest)))
         try:
             yield
         finally:

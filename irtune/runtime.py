@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from irtune import launcher
 from irtune.errors import ConfigError, DistributedError, IrtuneError
+from irtune.machine import interface_towards
 from irtune.watch import SILENT, Watch
 
 _watch = Watch(None, 0, 1)  # that of the running process group
@@ -80,22 +81,39 @@ def start(world: World, timeout_seconds: int) -> None:
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
+    if backend == "gloo" and launcher.variable("LOCAL_WORLD_SIZE", launcher.variable("LOCAL_SIZE", "")) != str(
+        world.size
+    ):
+        # Several nodes: gloo would take the address behind the host's name, which is often a loopback.
+        interface = interface_towards(launcher.variable("MASTER_ADDR", "localhost"))
+        if interface is not None:
+            launcher.set_default("GLOO_SOCKET_IFNAME", interface)
     try:
         store = _meeting_point(world, timeout)
         group_store = dist.PrefixStore("group", store)
         dist.init_process_group(backend, store=group_store, rank=world.rank, world_size=world.size, timeout=timeout)
         _watch = Watch(store, world.rank, world.size, silent=min(SILENT, timeout_seconds))
     except Exception as error:  # torch raises several kinds, each meaning that the ranks did not meet
-        raise DistributedError(
-            f"rank {world.rank} could not join the other {world.size - 1} ranks within {timeout_seconds} s: {error}"
-        ) from error
+        raise DistributedError(_not_met(world, timeout_seconds, error)) from error
+
+
+def _not_met(world: World, timeout_seconds: int, error: Exception) -> str:
+    host, port = launcher.variable("MASTER_ADDR", "?"), launcher.variable("MASTER_PORT", "?")
+    text = (str(error).strip().splitlines() or [""])[0]
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return f"port {port} (MASTER_PORT) of {host} is in use by another program; give the launcher another one"
+    return (
+        f"{launcher.here()} could not join the other {world.size - 1} ranks within {timeout_seconds} s, meeting at "
+        f"{host}:{port}: {text}"
+    )
 
 
 def _meeting_point(world: World, timeout: datetime.timedelta) -> dist.Store:
     """The store behind the launcher's address.
 
     torchrun's static rendezvous keeps one store over restarts, with the addresses of ranks that are dead. On one node
-    every rank knows the number of the restart; on several, torchrun opens another store each time.
+    every rank knows the number of the restart; on several, torchrun opens another store each time if
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE is set, as the launch scripts do.
     """
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
@@ -186,7 +204,7 @@ def shared_errors() -> Iterator[None]:
     failed = {number: text for number, text in enumerate(texts) if text is not None}
     if failed:
         number, text = next(iter(failed.items()))
-        raise DistributedError(f"rank {number}: {text}")
+        raise DistributedError(f"{_watch.name(number)}: {text}")
 
 
 def derived_seed(*parts: object) -> int:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
+from irtune.anatomy import Anatomy, find_anatomy
 from irtune.config.schema import ModelConfig
-from irtune.models import DTYPES, Anatomy, find_anatomy, load_settings
+from irtune.models import DTYPES, load_settings
 
 # Shapes of the presets, from their published config.json files.
 _LLAMA_8B = {

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import nn
 
-from irtune.models import Anatomy, is_linear
+from irtune.anatomy import Anatomy, is_linear
 from irtune.quantization import plain_weight
+from irtune.zero import whole
 
 
 def signal_to_noise(weight: torch.Tensor) -> float:
@@ -30,7 +31,8 @@ def signal_to_noise(weight: torch.Tensor) -> float:
 def layer_ratios(model: nn.Module, anatomy: Anatomy) -> dict[str, list[float]]:
     """The L ratios of each linear module of a layer, for example `self_attn.q_proj`; layers without it have 0.
 
-    Of a quantised base, they are those of the rounded weights, with which the model computes.
+    Of a quantised base, they are those of the rounded weights, with which the model computes. Collective where weights
+    are partitioned, which are gathered one at a time.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ratios: dict[str, list[float]] = {}
@@ -38,5 +40,6 @@ def layer_ratios(model: nn.Module, anatomy: Anatomy) -> dict[str, list[float]]:
         for name, module in layer.named_modules():
             if is_linear(module):
                 values = ratios.setdefault(name, [0.0] * anatomy.num_layers)
-                values[number] = signal_to_noise(plain_weight(module).to(device))
+                with whole(module.parameters(recurse=False)):
+                    values[number] = signal_to_noise(plain_weight(module).to(device))
     return ratios

@@ -89,6 +89,7 @@ class Tracker:
             ("skipped_steps", "train/skipped_steps"),
             ("tokens_per_second", "speed/tokens_per_second"),
             ("examples_per_second", "speed/examples_per_second"),
+            ("padding_share", "speed/padding_share"),
         ):
             if record[name] is not None:
                 self.board.add_scalar(tag, record[name], step)

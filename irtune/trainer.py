@@ -87,7 +87,7 @@ class Trainer:
         if self.progress.step == 0:
             runtime.doing("first selection")
             self.layers.first(self._micro_batches(0))
-            self.window.tokens = self.window.examples = 0  # those were not trained on
+            self.window.forget_batches()  # those were not trained on
         elif self.progress.best is None and self.progress.best_step:  # resumed where the best weights are elsewhere
             self._evaluate_and_save()
         while self.progress.step < self.max_steps and not self.progress.stopped:
@@ -195,8 +195,7 @@ class Trainer:
         examples = self.corpus.splits["train"]
         plan = self.plan.step(step)
         for positions in plan:
-            self.window.tokens += sum(self.plan.lengths[i] for i in positions)
-            self.window.examples += len(positions)
+            self.window.count([self.plan.lengths[i] for i in positions])
         for number in range(rank, len(plan), world):
             # Seeded by place in the plan, not by rank: any split over ranks draws the same dropout.
             torch.manual_seed(runtime.derived_seed(self.config.run.seed, "micro-batch", step, number))
@@ -216,7 +215,7 @@ class Trainer:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         step, norm, limit = self.progress.step, self.engine.grad_norm(), self.config.optim.max_grad_norm
-        tokens, examples = self.window.tokens, self.window.examples
+        tokens, examples, positions = self.window.tokens, self.window.examples, self.window.positions
         self.tracker.train(
             {
                 "step": step,
@@ -228,6 +227,7 @@ class Trainer:
                 "layers_selected": len(self.engine.selected),
                 "tokens_per_second": tokens / seconds,
                 "examples_per_second": examples / seconds,
+                "padding_share": 1 - tokens / positions if positions else None,
                 "seconds": seconds,
             }
         )
@@ -306,6 +306,7 @@ class Trainer:
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Take over selection, chooser and optimizer state; adapters are already in the model."""
         self.chooser.load_state_dict(state["chooser"])
+        self.engine.table.idle.has_trained([n for n, steps in enumerate(self.progress.trained_steps) if steps])
         self.engine.reselect(state["selected"])
         self.engine.load_full_state(read_tensors(folder, OPTIMIZER), state["adam_steps"])
 

@@ -7,19 +7,77 @@ only hangs. `doing` is the name of what a rank is at, which a time-out reports.
 
 import contextlib
 import datetime
+import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
-from irtune import launcher
+from irtune import launcher, logs
 
 INTERVAL = 2.0  # seconds between two looks
 SILENT = 45.0  # seconds without a sign after which a rank counts as dead
 GRACE = 10.0  # seconds that a rank has to end by itself when another one failed
+ANSWER = 10.0  # seconds that the store has for an answer
+
+
+class _Line:
+    """A connection to the store whose every request is given up after `ANSWER` seconds, with a RuntimeError.
+
+    torch's own time-outs do not hold for all requests: over a cable that was cut, they wait until the kernel gives the
+    connection up, which takes a quarter of an hour.
+    """
+
+    def __init__(self, store: dist.Store):
+        store.set_timeout(datetime.timedelta(seconds=ANSWER))
+        self._store = store
+        self._requests: queue.SimpleQueue[tuple[str, tuple, queue.SimpleQueue]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="irtune-line", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            method, arguments, answer = self._requests.get()
+            if method == "close":
+                return
+            try:
+                answer.put((getattr(self._store, method)(*arguments), None))
+            except RuntimeError as error:
+                answer.put((None, error))
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        answer: queue.SimpleQueue[tuple[Any, RuntimeError | None]] = queue.SimpleQueue()
+        self._requests.put((method, arguments, answer))
+        try:
+            value, error = answer.get(timeout=ANSWER)
+        except queue.Empty:
+            raise RuntimeError(f"no answer of the ranks' store in {ANSWER:.0f} s") from None
+        if error is not None:
+            raise error
+        return value
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key."""
+        self._ask("set", key, value)
+
+    def get(self, key: str) -> bytes:
+        """Value of a key that is there."""
+        return bytes(self._ask("get", key))
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all keys are there."""
+        return bool(self._ask("check", keys))
+
+    def compare_set(self, key: str, expected: str, wanted: str) -> None:
+        """Set a key where it has the value `expected`; an empty one: where it is not there."""
+        self._ask("compare_set", key, expected, wanted)
+
+    def close(self) -> None:
+        """Nothing is asked any more."""
+        self._requests.put(("close", (), queue.SimpleQueue()))
 
 
 class Watch:
@@ -45,17 +103,18 @@ class Watch:
         """
         self.rank, self.size, self.silent = rank, size, silent
         self.doing = "start"
+        self.nodes: Sequence[str] = ()  # of each rank, where there are several
         self.signal: int | None = None
         self._leave = leave or _leave
         self._ended = threading.Event()
         self._announced = False
+        self._lost = False  # the store, so that nobody can be told anything
         self._store: dist.Store | None = None
         if store is None or size == 1:
             return
         self._store = dist.PrefixStore("irtune/watch", store)
         # A connection of its own: the other one may be waiting in a collective's set-up.
-        self._pulse = dist.PrefixStore("irtune/watch", store.clone())  # type: ignore[attr-defined]
-        self._pulse.set_timeout(datetime.timedelta(seconds=10))
+        self._pulse = _Line(dist.PrefixStore("irtune/watch", store.clone()))  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._keep_watch, name="irtune-watch", daemon=True)
         self._thread.start()
 
@@ -78,7 +137,8 @@ class Watch:
             except RuntimeError:
                 failures += 1
                 if failures == 3 and not self._ended.is_set():
-                    self._give_up("the ranks' common store does not answer: rank 0 or its launcher is gone")
+                    gone = f"{self.name(0)}, its launcher or the way to it is gone"
+                    self._give_up(f"the ranks' common store does not answer: {gone}")
                 continue
             if failure is not None:
                 self._give_up(failure)
@@ -86,8 +146,10 @@ class Watch:
             if beat != last or not beat:
                 last, heard = beat, now
             elif now - heard > self.silent:
-                self.report(f"rank {after} has given no sign for {now - heard:.0f} s ({_place(beat)}); it died, hangs, "
-                            "or its machine is gone")  # fmt: skip
+                self.report(
+                    f"{self.name(after)} has given no sign for {now - heard:.0f} s ({_place(beat)}); it died, hangs, "
+                    "or its machine is gone"
+                )
 
     def _give_up(self, why: str) -> None:
         """The main thread gets `GRACE` to notice by itself; a collective on a GPU never does."""
@@ -96,7 +158,7 @@ class Watch:
 
     def report(self, what: str) -> None:
         """Tell all ranks why the job fails; the first report stands."""
-        if self._store is not None:
+        if self._store is not None and not self._lost:
             try:
                 self._pulse.compare_set("failure", "", what)
             except RuntimeError:  # the store died with rank 0: the others will notice that
@@ -120,14 +182,19 @@ class Watch:
                 time.sleep(0.2)
             now = self._beats()
         except RuntimeError:
-            return "rank 0, or the launcher that keeps the ranks' common store, is gone"
+            self._lost = True
+            return f"{self.name(0)}, or the launcher that keeps the ranks' common store, is gone"
         silent = [rank for rank, beat in enumerate(now) if rank != self.rank and beat == before[rank]]
         if silent:
-            places = ", ".join(f"rank {rank} ({_place(now[rank])})" for rank in silent)
+            places = ", ".join(f"{self.name(rank)} ({_place(now[rank])})" for rank in silent)
             return f"no sign of life from {places}: it died or was stopped"
         others = [rank for rank, beat in enumerate(now) if rank != self.rank and _what(beat) != self.doing]
-        places = "; ".join(f"rank {rank} is at: {_what(now[rank])}" for rank in others or range(self.size))
-        return f"{places}; this is rank {self.rank}, at: {self.doing}"
+        places = "; ".join(f"{self.name(rank)} is at: {_what(now[rank])}" for rank in others or range(self.size))
+        return f"{places}; this is {self.name(self.rank)}, at: {self.doing}"
+
+    def name(self, rank: int) -> str:
+        """A rank's number, and its node where there are several."""
+        return f"rank {rank}" + (f" on {self.nodes[rank]}" if self.nodes else "")
 
     def _beats(self) -> list[bytes]:
         keys = [f"beat/{rank}" for rank in range(self.size)]
@@ -172,6 +239,7 @@ class Watch:
         self._ended.set()
         if self._store is not None:
             self._thread.join(timeout=15)
+            self._pulse.close()
 
 
 def _what(beat: bytes) -> str:
@@ -183,6 +251,7 @@ def _place(beat: bytes) -> str:
 
 
 def _leave(why: str) -> None:
-    sys.stderr.write(f"error: {why}\n")
+    logs.last_words(why)
+    sys.stderr.write(f"error on {launcher.here()}: {why}\n")
     sys.stderr.flush()
     launcher.leave()

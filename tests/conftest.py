@@ -1,5 +1,7 @@
 """Shared fixtures: tiny models and corpora on disk, made once per session."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ from irtune.launcher import data_folder
 from tests import tiny
 
 torch.set_num_threads(1)
+if "IRTUNE_CACHE" not in os.environ:  # token ids of tiny corpora are not for the user's cache
+    _cache = tempfile.TemporaryDirectory(prefix="irtune-tests-")
+    os.environ["IRTUNE_CACHE"] = _cache.name
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +34,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def base(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 ranks x 2 accumulation steps under ZeRO 2: what other splits and stages must equal. With plan and pictures."""
+    from tests.runs import launch  # here: tests without processes need none of what it imports
+
+    folder = tmp_path_factory.mktemp("base") / "run"
+    return launch(tiny.tiny_config(llama, corpus, folder, optim__gradient_accumulation_steps=2), 2, whole=True)
 
 
 @pytest.fixture(scope="session")

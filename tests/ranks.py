@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 PRELOAD = ["tests.preload"]
@@ -58,6 +58,26 @@ def run_ranks(
                 process.kill()
                 process.join()
     return [results.get(rank) for rank in range(world_size)]
+
+
+def run_cases(
+    function: Callable[..., Any], world_size: int, cases: Sequence[tuple], timeout: float = 240.0
+) -> list[list[Any]]:
+    """Call `function(*case)` for one case after the other on the same ranks; returns `run_ranks`' results per case."""
+    results = run_ranks(_one_by_one, world_size, function, cases, timeout=timeout)
+    return [list(of_case) for of_case in zip(*results)]
+
+
+def _one_by_one(function: Callable[..., Any], cases: Sequence[tuple]) -> list[Any]:
+    """In one process group, which only the last case leaves: DeepSpeed keeps to that of a process's first engine."""
+    from irtune import runtime
+
+    stop, runtime.stop = runtime.stop, lambda: None
+    try:
+        return [function(*case) for case in cases]
+    finally:
+        runtime.stop = stop
+        stop()
 
 
 def _child(queue: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple) -> None:

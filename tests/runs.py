@@ -1,20 +1,80 @@
 """Runs on real processes, and what they leave in their folders."""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from irtune import pictures, prepare
 from irtune.app import run
+from irtune.cli import train as command_line
 from irtune.errors import IrtuneError
+from irtune.tracking import Tracker
 from tests.ranks import run_ranks
 
+FIGURES = ("score_map", "trained_map", "share_bars", "confusion_map", "f1_bars")
 
-def train(config):
-    """Run to the end; a user's error comes back as text."""
+
+@contextlib.contextmanager
+def bare() -> Iterator[None]:
+    """Inside, runs make no memory plan and draw no pictures, which take a third of a short run.
+
+    Those are tested in test_planner.py, test_tensorboard.py, and with the fixture `base`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "plan_run", lambda *_, **__: None)
+        patch.setattr(Tracker, "_picture", lambda *_: None)
+        for name in FIGURES:
+            patch.setattr(pictures, name, lambda *_, **__: None)
+        yield
+
+
+def train(config, whole=False):
+    """Run to the end, bare unless `whole`; a user's error comes back as text."""
     try:
-        run(config)
+        with contextlib.nullcontext() if whole else bare():
+            run(config)
     except IrtuneError as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+@contextlib.contextmanager
+def forked_after(first: int) -> Iterator[None]:
+    """Inside, `compare` and `crossvalidate` start their first `first` runs as always, and others as forked ranks."""
+    count = 0
+
+    def start(command, *, stdout, **options):
+        nonlocal count
+        count += 1
+        if count <= first:
+            return subprocess.run(command, stdout=stdout, check=False, **options)
+        ranks = int(command[command.index("--nproc_per_node") + 1]) if "--nproc_per_node" in command else 1
+        arguments = command[command.index("train") + 1 :]
+        return SimpleNamespace(returncode=max(run_ranks(_as_program, ranks, arguments, stdout.name)))
+
+    stand_in = SimpleNamespace(run=start, STDOUT=subprocess.STDOUT, DEVNULL=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("irtune.compare.launch.subprocess", stand_in)
+        yield
+    assert count > first, "none was forked"
+
+
+def _as_program(arguments, output):
+    """The exit status of `python -m irtune train`, which writes to the file `output`."""
+    with open(output, "a") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    status = command_line(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
 
 
 def records(folder: Path, kind: str) -> list[dict]:
@@ -30,6 +90,6 @@ def selections(folder: Path) -> list[list[int]]:
     return [json.loads(line)["selected"] for line in (folder / "selection.jsonl").read_text().splitlines()]
 
 
-def launch(config, world: int) -> Path:
-    assert run_ranks(train, world, config) == [None] * world
+def launch(config, world: int, whole: bool = False) -> Path:
+    assert run_ranks(train, world, config, whole) == [None] * world
     return Path(config.run.output_dir)

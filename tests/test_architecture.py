@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "irtune").rglob("*.py"))
 # Floors from the ground up; a room imports only from floors below its own.
 FLOORS = [
-    {"errors", "launcher", "kernels", "pictures", "recompute", "zero"},
-    {"watch"},
+    {"errors", "launcher", "kernels", "logs", "pictures", "recompute", "zero"},
+    {"machine", "watch"},
     {"config", "runtime", "schedule"},
     {"quantization"},
+    {"anatomy"},
     {
         "selection",
         "models",
@@ -27,7 +28,7 @@ FLOORS = [
         "faults",
     },
     {"adapters", "shapes"},
-    {"importance", "evaluation", "signal_noise", "planner"},
+    {"importance", "evaluation", "nodes", "signal_noise", "planner"},
     {"engine"},
     {"layer_choice", "diagnosis"},
     {"trainer", "prepare"},

@@ -4,26 +4,17 @@ import csv
 import io
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from irtune.app import run
 from irtune.cli import main
 from irtune.commands import COMMANDS
 from irtune.data.synthetic import synthetic_pairs
 from tests.ranks import run_ranks
+from tests.runs import forked_after, launch
 from tests.tiny import tiny_config
-
-ROOT = Path(__file__).parents[1]
-
-
-def train(config):
-    run(config)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +24,7 @@ def finished(llama, corpus, tmp_path_factory):
     for kind, options in (("lora", {}), ("bottleneck", {"adapter__size": 8}), ("none", {})):
         folder = tmp_path_factory.mktemp(kind) / "run"
         config = tiny_config(llama, corpus, folder, 0, adapter__type=kind, optim__lr=0.02, **options)
-        run_ranks(train, 1, config)  # DeepSpeed remembers the process group of the first run of a process
+        launch(config, 1)  # DeepSpeed remembers the process group of the first run of a process
         runs[kind] = folder
     return runs
 
@@ -238,11 +229,11 @@ def test_data_stats_finds_duplicates_contradictions_and_leakage(tmp_path, capsys
 
 def test_crossvalidation_holds_every_example_out_once(llama, corpus, tmp_path):
     folder = tmp_path / "cv"
-    command = [sys.executable, "-m", "irtune", "crossvalidate", "--folds", "2", "--output_dir", str(folder),
-               "--model.name_or_path", str(llama), "--model.dtype", "float32", "--data.path", str(corpus),
-               "--data.max_length", "64", "--optim.max_steps", "2", "--optim.micro_batch_size", "4"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ["crossvalidate", "--folds", "2", "--output_dir", str(folder), "--model.name_or_path", str(llama),
+               "--model.dtype", "float32", "--data.path", str(corpus), "--data.max_length", "64",
+               "--optim.max_steps", "2", "--optim.micro_batch_size", "4"]  # fmt: skip
+    with forked_after(1):
+        assert main(command) == 0
     ids = []
     for fold in (1, 2):
         lines = (folder / f"fold_{fold}/predictions.jsonl").read_text().splitlines()

@@ -14,6 +14,7 @@ from irtune.compare.significance import paired_bootstrap
 from irtune.config import DataConfig
 from irtune.data import Example, read_corpus
 from irtune.errors import ConfigError
+from tests.runs import forked_after
 
 
 @pytest.mark.quick
@@ -114,7 +115,8 @@ def comparison(llama, corpus, tmp_path_factory):
                  "--ranks", "2", "--model.name_or_path", str(llama), "--model.dtype", "float32", "--data", str(corpus),
                  "--optim.max_steps", "2", "--data.max_length", "64", "--optim.micro_batch_size", "4",
                  "--run.log_every", "1"]  # fmt: skip
-    assert main(arguments) == 0
+    with forked_after(1):
+        assert main(arguments) == 0
     return folder, arguments
 
 

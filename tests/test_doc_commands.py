@@ -32,7 +32,7 @@ from tests.ranks import free_port, run_ranks
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELLS = ("bash", "sh", "shell", "console")
-PROGRAM = r"(?:python3?|deepspeed|torchrun|bash|source|pytest|pip|git|export|\.venv/bin/\w+)"
+PROGRAM = r"(?:python3?|deepspeed|torchrun|bash|sbatch|source|pytest|pip|git|export|\.venv/bin/\w+)"
 STARTS_WITH_A_PROGRAM = re.compile(rf"\s*(?:\$ )?(?:\w+=\S* )*{PROGRAM} ")
 NEEDS = re.compile(r"needs an? (GPUs?|hub)\b")
 TRAIN = re.compile(r"(?P<launcher>deepspeed|torchrun|python) .*?train\.py(?P<options> .*|$)")
@@ -132,7 +132,15 @@ def test_the_readme_has_commands_of_every_kind():
 
 ELSEWHERE = {
     r"python -m irtune compare ": "tests/test_compare.py::test_a_comparison_writes_table_numbers_and_picture",
+    r"(IRTUNE_DATA=\S+ )?python benchmarks/speed\.py": "tests/test_speed.py::test_all_sides_ran_on_as_many_examples",
+    r"python benchmarks/growth\.py": "tests/test_growth.py::test_a_point_of_each_kind_is_measured",
     r"python -m irtune crossvalidate ": "tests/test_commands.py::test_crossvalidation_holds_every_example_out_once",
+    r"python -m irtune doctor$": "tests/test_doctor.py::test_it_measures_between_ranks",
+    r"(\w+=\S+ )*bash launch/multinode_deepspeed\.sh ": "tests/test_launch.py::test_two_hosts_train",
+    r"(\w+=\S+ )*bash launch/torchrun_node\.sh ": "tests/test_launch.py::"
+    "test_two_nodes_meet_and_a_failing_rank_is_shown",
+    r"sbatch (--\S+ \d+ )*launch/slurm\.sbatch ": "tests/test_launch.py::"
+    "test_a_slurm_job_ends_saved_and_is_queued_again_at_its_limit",
     r"(IRTUNE_KILLS=\d+ )?python -m pytest tests/test_kills\.py\b": "tests/test_kills.py",
     r"(IRTUNE_SOAK_STEPS=\d+ )?python -m pytest tests/test_soak\.py\b": "tests/test_soak.py",
     r"python -m irtune\.config\.reference > docs/configuration\.md": "tests/test_docs.py::"
@@ -163,6 +171,8 @@ def check_options(text: str, folder: Path) -> None:
     words = shlex.split(text)
     if TRAIN.match(text):
         load_config(words[next(i for i, word in enumerate(words) if word.endswith("train.py")) + 1 :])
+    elif re.search(r"launch/(multinode_deepspeed\.sh|torchrun_node\.sh|slurm\.sbatch) ", text):
+        load_config(words[next(i for i, word in enumerate(words) if word.startswith("launch/")) + 1 :])
     elif " compare " in text:
         given, trainer = compare_options().parse_known_args(words[words.index("compare") + 1 :])
         corpora, adapters = parse_corpora(given.data), given.adapters.split(",") if given.adapters else [None]

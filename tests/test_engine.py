@@ -9,7 +9,7 @@ import torch
 from irtune import runtime
 from irtune.engine import verify_selection
 from irtune.importance import LayerScores
-from tests.ranks import run_ranks
+from tests.ranks import run_cases, run_ranks
 from tests.tiny import LAYERS, Rig
 
 SELECTIONS = [[1, 2], [2, 3], [0, 5], [1, 2, 4], [5]]
@@ -41,48 +41,49 @@ def expected_bytes(stage: int, dtype: str, numel: int, world: int, groups: int) 
     return range(exact, exact + per_parameter * 2 * groups * (14 if stage == 3 else 1) + 1)
 
 
-@pytest.mark.parametrize(
-    ("stage", "dtype", "world", "accumulation"),
-    [
-        (0, "float32", 2, 1),
-        (1, "float32", 2, 2),
-        (2, "float32", 2, 1),
-        (3, "float32", 2, 2),
-        (0, "bfloat16", 2, 1),
-        (1, "bfloat16", 2, 1),
-        (2, "bfloat16", 2, 2),
-        (3, "bfloat16", 2, 1),
-        (2, "mixed", 2, 1),
-        (3, "mixed", 2, 1),
-        (2, "float32", 4, 1),
-        (3, "float32", 4, 1),
+MOVING = {
+    2: [
+        (0, "float32", 1),
+        (1, "float32", 2),
+        (2, "float32", 1),
+        (3, "float32", 2),
+        (0, "bfloat16", 1),
+        (1, "bfloat16", 1),
+        (2, "bfloat16", 2),
+        (3, "bfloat16", 1),
+        (2, "mixed", 1),
+        (3, "mixed", 1),
     ],
-)
-def test_selected_layers_move_and_no_other(llama, stage, dtype, world, accumulation):
+    4: [(2, "float32", 1), (3, "float32", 1)],
+}
+
+
+@pytest.mark.parametrize("world", MOVING)
+def test_selected_layers_move_and_no_other(llama, world):
     # Weight decay is on: a frozen layer must not even decay.
-    reports = run_ranks(freeze_and_thaw, world, llama, stage, dtype, accumulation, {"weight_decay": 0.1})
-    for report in reports:
-        for selected, (moved, head_moved, state_bytes, numel) in zip(SELECTIONS, report):
-            assert moved == selected
-            assert head_moved
-            assert state_bytes in expected_bytes(stage, dtype, numel, world, len(selected) + 1)
+    cases = [(llama, stage, dtype, accumulation, {"weight_decay": 0.1}) for stage, dtype, accumulation in MOVING[world]]
+    for case, reports in zip(MOVING[world], run_cases(freeze_and_thaw, world, cases)):
+        for report in reports:
+            for selected, (moved, head_moved, state_bytes, numel) in zip(SELECTIONS, report, strict=True):
+                assert moved == selected, case
+                assert head_moved, case
+                assert state_bytes in expected_bytes(*case[:2], numel, world, len(selected) + 1), case
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
-@pytest.mark.parametrize("stage", [2, 3])
-def test_other_architectures(request, kind, stage):
-    model = request.getfixturevalue(kind)
-    for report in run_ranks(freeze_and_thaw, 2, model, stage, "float32", 1, {}):
-        assert [moved for moved, *_ in report] == SELECTIONS
+def test_other_architectures(gpt2, bert):
+    cases = [(model, stage, "float32", 1, {}) for model in (gpt2, bert) for stage in (2, 3)]
+    for case, reports in zip(cases, run_cases(freeze_and_thaw, 2, cases)):
+        for report in reports:
+            assert [moved for moved, *_ in report] == SELECTIONS, case
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_cpu_offload(llama, stage):
+def test_cpu_offload(llama):
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
-    if stage == 3:
-        offload["offload_param"] = {"device": "cpu", "pin_memory": False}
-    for report in run_ranks(freeze_and_thaw, 2, llama, stage, "float32", 1, {"zero": offload}):
-        assert [moved for moved, *_ in report] == SELECTIONS
+    both = offload | {"offload_param": {"device": "cpu", "pin_memory": False}}
+    cases = [(llama, stage, "float32", 1, {"zero": zero}) for stage, zero in ((2, offload), (3, both))]
+    for case, reports in zip(cases, run_cases(freeze_and_thaw, 2, cases)):
+        for report in reports:
+            assert [moved for moved, *_ in report] == SELECTIONS, case
 
 
 def come_back(model, stage, dtype, park):
@@ -110,20 +111,21 @@ def come_back(model, stage, dtype, park):
     return same, zero, parked_between, parked, gone_steps["1"], back_steps.get("1", 0)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"),
-                                              (3, "float32"), (3, "bfloat16")])  # fmt: skip
-def test_a_layer_that_comes_back_resumes_bit_for_bit(llama, stage, dtype):
-    for same, zero, parked_between, parked, gone, back in run_ranks(come_back, 2, llama, stage, dtype, True):
-        assert same and not zero and parked_between
-        assert gone == back == 3
-        assert parked > 0
+def test_a_layer_that_comes_back_resumes_bit_for_bit(llama):
+    kinds = [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "float32"), (3, "bfloat16")]
+    for kind, reports in zip(kinds, run_cases(come_back, 2, [(llama, *kind, True) for kind in kinds])):
+        for same, zero, parked_between, parked, gone, back in reports:
+            assert same and not zero and parked_between, kind
+            assert gone == back == 3, kind
+            assert parked > 0, kind
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_dropped_state_starts_from_zero(llama, stage):
-    for same, zero, parked_between, parked, gone, back in run_ranks(come_back, 2, llama, stage, "float32", False):
-        assert zero and not same and not parked_between
-        assert (gone, back, parked) == (3, 0, 0)
+def test_dropped_state_starts_from_zero(llama):
+    stages = (0, 2, 3)
+    for stage, reports in zip(stages, run_cases(come_back, 2, [(llama, stage, "float32", False) for stage in stages])):
+        for same, zero, parked_between, parked, gone, back in reports:
+            assert zero and not same and not parked_between, stage
+            assert (gone, back, parked) == (3, 0, 0), stage
 
 
 def select_often(model, stage):
@@ -168,11 +170,12 @@ def probe_beside_training(model, stage):
     return plain_losses, scored_losses, all(torch.equal(a, b) for a, b in zip(plain, scored_weights))
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_fresh_scores_do_not_disturb_training(llama, stage):
-    for plain, scored, same_weights in run_ranks(probe_beside_training, 2, llama, stage):
-        assert plain == scored
-        assert same_weights
+def test_fresh_scores_do_not_disturb_training(llama):
+    stages = (0, 2, 3)
+    for stage, reports in zip(stages, run_cases(probe_beside_training, 2, [(llama, stage) for stage in stages])):
+        for plain, scored, same_weights in reports:
+            assert plain == scored, stage
+            assert same_weights, stage
 
 
 def disagree():

@@ -17,8 +17,8 @@ from irtune.cli import train as command_line
 from irtune.errors import StoppedError
 from irtune.losses import cross_entropy
 from irtune.trainer import Trainer
-from tests.ranks import run_ranks
-from tests.runs import launch, losses, records, selections, train
+from tests.ranks import run_cases, run_ranks
+from tests.runs import bare, launch, losses, records, selections, train
 from tests.tiny import Rig, tiny_config
 
 # ----- numbers that are not finite -----
@@ -55,18 +55,18 @@ def skip_one_step(model, stage, dtype, accumulation, factor):
     return result
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf])
-@pytest.mark.parametrize(
-    ("stage", "dtype", "accumulation"),
-    [(0, "float32", 1), (0, "bfloat16", 1), (1, "float32", 2), (2, "float32", 1), (2, "bfloat16", 1), (3, "mixed", 2)],
-)
-def test_a_step_that_one_rank_spoils_changes_nothing_anywhere(llama, stage, dtype, accumulation, factor):
-    for seen in run_ranks(skip_one_step, 2, llama, stage, dtype, accumulation, factor):
-        assert seen["skipped"] == [True, False]
-        assert not math.isfinite(seen["norm"])
-        assert not any(seen["moved by the skipped step"])
-        assert seen["state is the same"] and seen["steps"] == 2
-        assert seen["moved by the next step"] == [False, True, False, False, True, False, True]  # 1, 4 and the head
+def test_a_step_that_one_rank_spoils_changes_nothing_anywhere(llama):
+    kinds = [(0, "float32", 1), (0, "bfloat16", 1), (1, "float32", 2), (2, "float32", 1), (2, "bfloat16", 1),
+             (3, "mixed", 2)]  # fmt: skip
+    cases = [(llama, *kind, factor) for kind in kinds for factor in (math.nan, math.inf)]
+    for case, reports in zip(cases, run_cases(skip_one_step, 2, cases)):
+        for seen in reports:
+            assert seen["skipped"] == [True, False], case
+            assert not math.isfinite(seen["norm"]), case
+            assert not any(seen["moved by the skipped step"]), case
+            assert seen["state is the same"] and seen["steps"] == 2, case
+            # 1, 4 and the head
+            assert seen["moved by the next step"] == [False, True, False, False, True, False, True], case
 
 
 def train_spoiled(config, spoiled):
@@ -83,7 +83,8 @@ def train_spoiled(config, spoiled):
         return batches
 
     Trainer._train_step = step
-    run(config)
+    with bare():
+        run(config)
     return seen
 
 
@@ -163,7 +164,8 @@ def signalled(config, rank, step, number):
 
     Trainer._train_step = train_step
     try:
-        run(config)
+        with bare():
+            run(config)
     except StoppedError as stop:
         return stop.signal, stop.step
     return None

@@ -18,7 +18,8 @@ def true_gradients(rig, batches):
     for batch in batches:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        gradients = torch.autograd.grad(rig.engine.module(**batch).loss, parameters)
+        with rig.table.idle.awake():
+            gradients = torch.autograd.grad(rig.engine.module(**batch).loss, parameters)
         sizes = [len(layer) for layer in rig.table.layers]
         per_layer, start = [], 0
         for size in sizes:

@@ -13,9 +13,10 @@ from transformers import (
 )
 
 from irtune.adapters import add_adapters
+from irtune.anatomy import find_anatomy, linear_names, output_projections
 from irtune.config import AdapterConfig, ModelConfig
 from irtune.errors import ConfigError, ModelError
-from irtune.models import find_anatomy, linear_names, load_classifier, longest_input, output_projections
+from irtune.models import load_classifier, longest_input
 
 pytestmark = pytest.mark.quick
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}

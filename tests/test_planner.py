@@ -88,6 +88,7 @@ def test_parameters_and_steps_are_planned_as_they_really_are(request, architectu
     # peft keeps the untrained head beside the trained one; the plan builds it in the same way.
     assert parts.constant == sum(parameter.numel() for parameter in constant)
     table.set_trainable(selected)
+    table.idle.has_trained(range(table.num_layers))  # planned is the end of a run, when no update is left out
     recompute = Recompute(table.modules, reentrant=False, always=checkpointing)
     recompute.set_trained(selected, table.lowest(selected))
     assert (parts.kept, parts.peak, parts.evaluation) == pytest.approx(real_step(network, table), rel=off, abs=0)
@@ -136,7 +137,7 @@ def states_and_memory(model, stages, dtypes):
 @pytest.mark.parametrize(
     ("world", "stages"),
     # Steps of ZeRO 3, and of more ranks than cores, take seconds: fewer of them, unless all is asked for.
-    [(1, {0: 50, 1: 50, 2: 50, 3: 12}), (2, {0: 50, 1: 50, 2: 50, 3: 3}), (4, {0: 5, 1: 5, 2: 5, 3: 2})],
+    [(1, {0: 12, 1: 12, 2: 12, 3: 5}), (2, {0: 50, 1: 50, 2: 50, 3: 3}), (4, {0: 5, 1: 5, 2: 5, 3: 2})],
 )
 def test_optimizer_state_is_planned_to_the_byte_and_memory_does_not_grow(llama, world, stages):
     many = dict.fromkeys(stages, len(SELECTIONS)) if WHOLE_MATRIX else stages

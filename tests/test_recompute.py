@@ -7,7 +7,7 @@ import torch
 
 from irtune.importance import LayerScores
 from irtune.memory import LiveTensors
-from tests.ranks import run_ranks
+from tests.ranks import run_cases, run_ranks
 from tests.tiny import Rig
 
 
@@ -29,14 +29,13 @@ def train_with(model, stage, recompute, scored):
 
 @pytest.mark.parametrize("stage", [2, 3])  # the two kinds of recomputation
 def test_recomputing_and_scoring_change_no_number(llama, stage):
-    plain = run_ranks(train_with, 2, llama, stage, False, False)
-    for recompute, scored in ((True, False), (False, True), (True, True)):
-        for (losses, weights, seen), (wanted_losses, wanted_weights, _) in zip(
-            run_ranks(train_with, 2, llama, stage, recompute, scored), plain
-        ):
+    kinds = [(False, False), (True, False), (False, True), (True, True)]
+    plain, *others = run_cases(train_with, 2, [(llama, stage, *kind) for kind in kinds])
+    for (_, scored), reports in zip(kinds[1:], others, strict=True):
+        for (losses, weights, seen), (wanted_losses, wanted_weights, _) in zip(reports, plain, strict=True):
             assert losses == wanted_losses
             assert weights == wanted_weights
-            assert all(score > 0 for scores in seen for score in scores)
+            assert len(seen) == 3 * scored and all(score > 0 for scores in seen for score in scores)
 
 
 def scores_of(model, stage, recompute):
@@ -56,7 +55,8 @@ def scores_of(model, stage, recompute):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_recomputed_layers_have_the_same_scores(llama, stage):
-    assert run_ranks(scores_of, 2, llama, stage, True) == run_ranks(scores_of, 2, llama, stage, False)
+    recomputed, stored = run_cases(scores_of, 2, [(llama, stage, True), (llama, stage, False)])
+    assert recomputed == stored
 
 
 def step_bytes(model, stage, selected, recompute, scored):

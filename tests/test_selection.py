@@ -20,6 +20,7 @@ from irtune.selection.ist import IstChooser
 from irtune.selection.lisa import LisaChooser
 from irtune.selection.rst import RandomChooser
 from irtune.selection.spectrum import top_by_votes
+from irtune.selection.split import raise_lowest
 from irtune.selection.topk import TopKChooser
 
 pytestmark = pytest.mark.quick
@@ -49,6 +50,36 @@ def test_otsu_splits_again():
     assert split_layers([1, 2, 8, 9, 20, 1], num_splits=1) == [4]
     assert split_layers([1, 8, 2, 9, 30, 31], num_splits=1, max_fraction=0.9) == [4, 5]
     assert split_layers([1, 1, 1, 1, 8, 9, 20, 21], num_splits=1, min_fraction=0.3) == [5, 6, 7]
+
+
+def test_a_cost_weight_raises_the_lowest_layer_by_hand():
+    scores = [9.0, 1.0, 8.0, 10.0]  # mass above 1: 8, 0, 7, 9
+    chosen = [0, 3]  # mass 17; from layer 1 or 2 upwards: 2 and 3, mass 16
+    # weight w: [0, 3] is worth 1 - w; [2, 3] is worth 16/17 - w/2; equal at w = 2/17
+    assert raise_lowest(scores, chosen, 0.0) == [0, 3]
+    assert raise_lowest(scores, chosen, 0.11) == [0, 3]
+    assert raise_lowest(scores, chosen, 0.12) == [2, 3]
+    assert raise_lowest([1.0, 1.0, 1.0], [0, 1], 5.0) == [0, 1]  # no mass to trade
+
+
+@given(
+    st.lists(st.floats(0, 1e3, allow_nan=False), min_size=2, max_size=24),
+    st.floats(0, 2),
+    st.floats(0, 2),
+)
+def test_a_higher_cost_weight_never_lowers_the_lowest_layer(scores, one, other):
+    chosen = split_layers(scores)
+    low, high = (raise_lowest(scores, chosen, weight) for weight in sorted((one, other)))
+    assert len(low) == len(high) == len(chosen)
+    assert min(high) >= min(low) >= min(chosen)
+
+
+def test_the_ir_chooser_takes_the_cost_weight():
+    seen = Observation(0, [9.0, 1.0, 8.0, 10.0], [])
+    weights = {weight: IRChooser(4, cost_weight=weight, max_fraction=0.5).choose(seen) for weight in (0.0, 2.0)}
+    assert weights == {0.0: [0, 3], 2.0: [2, 3]}
+    built = build_chooser(TuningConfig(cost_weight=2.0, max_fraction=0.5), 4, 0)
+    assert built.choose(seen) == [2, 3]
 
 
 def test_ties_go_to_the_lower_layer_first():

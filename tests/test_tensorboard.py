@@ -36,7 +36,7 @@ LAYER_PICTURES = ("layers/scores", "layers/trained", "layers/trained_share(%)")
 def finished(llama, corpus, tmp_path_factory) -> Path:
     """A run of 2 ranks: 6 layers, 6 steps, selections at 0, 2 and 4, evaluations at 3 and 6."""
     folder = tmp_path_factory.mktemp("board") / "run"
-    assert run_ranks(train, 2, tiny_config(llama, corpus, folder)) == [None, None]
+    assert run_ranks(train, 2, tiny_config(llama, corpus, folder), True) == [None, None]
     return folder
 
 
@@ -140,6 +140,7 @@ def train_record(step: int) -> dict:
         "layers_selected",
         "tokens_per_second",
         "examples_per_second",
+        "padding_share",
     )
     return {"step": step} | dict.fromkeys(names, 1.0)
 

@@ -19,11 +19,12 @@ from transformers import (
 
 from irtune import runtime
 from irtune.adapters import add_adapters
+from irtune.anatomy import output_projections
 from irtune.config import AdapterConfig, Config, ModelConfig, OptimConfig, load_config
 from irtune.data.synthetic import synthetic_pairs, write_corpus
 from irtune.engine import Engine
 from irtune.importance import LayerScores
-from irtune.models import load_classifier, output_projections
+from irtune.models import load_classifier
 
 LAYERS = 6
 

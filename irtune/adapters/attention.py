@@ -13,9 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from irtune.adapters.trained import layer_list
 from irtune.errors import ConfigError, ModelError
 from irtune.kernels import CPU_ATTENTION, attention_in_fp32
 from irtune.models import Classifier
+from irtune.zero import runnable
 
 KERNELS: dict[str, Any] = {"sdpa": sdpa_attention_forward, CPU_ATTENTION: attention_in_fp32}
 
@@ -100,11 +102,11 @@ def attention_places(classifier: Classifier, kind: str) -> list[AttentionPlace]:
     model.set_attn_implementation("prefix_trace")
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), runnable(model, layer_list(classifier)):
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
     model.train(training)
     model.set_attn_implementation(f"prefix_{kernel}")
-    layers = [list(layer.modules()) for layer in model.get_submodule(classifier.anatomy.layers).children()]
+    layers = [list(layer.modules()) for layer in layer_list(classifier)]
     found = [[place for place in trace if place.module in modules] for modules in layers]
     if any(len(places) != 1 for places in found):
         raise ModelError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from irtune.models import is_linear
+from irtune.anatomy import is_linear
 
 
 def layer_biases(layer: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[nn.Parameter]:

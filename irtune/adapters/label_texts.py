@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from irtune.adapters.trained import layer_list
 from irtune.models import Classifier
+from irtune.zero import runnable
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def label_states(classifier: Classifier) -> LabelStates:
     attends = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=model.device)
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), runnable(model, layer_list(classifier)):
         body = getattr(model, model.base_model_prefix)
         states = body(input_ids=tokens, attention_mask=attends).last_hidden_state.float()
     model.train(training)

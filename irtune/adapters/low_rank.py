@@ -1,15 +1,20 @@
 """LoRA and its relatives through peft: low-rank updates beside the linear modules of every layer."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, dora, layer
 from torch import nn
 
+from irtune.adapters.linear import AdapterLinear, compute_in_input_dtype
+from irtune.anatomy import linear_names
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ConfigError
-from irtune.models import AdapterLinear, Classifier, compute_in_input_dtype, linear_names
+from irtune.models import Classifier
+from irtune.zero import whole
 
 
 def wanted_modules(names: list[str], adapter: AdapterConfig) -> list[str]:
@@ -42,6 +47,23 @@ def target_pattern(names: list[str], layers: str, numbers: str = r"\d+") -> str:
     return rf"{re.escape(layers)}\.({numbers})\.({'|'.join(re.escape(name) for name in names)})"
 
 
+@contextlib.contextmanager
+def _whole_where_read() -> Iterator[None]:
+    """Inside, peft finds a weight whole, on all ranks, where it reads it (DoRA) or takes a part out of it (PiSSA).
+
+    peft's own way depends on a setting of transformers that holds while a model is loaded only.
+    """
+    reads: Any = dora
+    takes: Any = layer
+    originals = takes.gather_params_ctx, reads.gather_params_ctx
+    takes.gather_params_ctx = lambda weight: whole([weight], write=True)
+    reads.gather_params_ctx = whole
+    try:
+        yield
+    finally:
+        takes.gather_params_ctx, reads.gather_params_ctx = originals
+
+
 def add_low_rank(
     classifier: Classifier, adapter: AdapterConfig, *, pattern: str | None = None, **options: Any
 ) -> nn.Module:
@@ -58,18 +80,17 @@ def add_low_rank(
     anatomy = classifier.anatomy
     if pattern is None:
         pattern = target_pattern(wanted_modules(linear_names(classifier.model, anatomy), adapter), anatomy.layers)
-    model = get_peft_model(
-        classifier.model,
-        LoraConfig(
-            task_type=TaskType.SEQ_CLS,
-            r=adapter.r,
-            lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft divides by it: any number will do
-            lora_dropout=adapter.dropout,
-            target_modules=pattern,
-            modules_to_save=list(anatomy.head),
-            **options,
-        ),
+    settings = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=adapter.r,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft divides by it: any number will do
+        lora_dropout=adapter.dropout,
+        target_modules=pattern,
+        modules_to_save=list(anatomy.head),
+        **options,
     )
+    with _whole_where_read():
+        model = get_peft_model(classifier.model, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if adapter.dtype == "float32":
         for parameter in trained:

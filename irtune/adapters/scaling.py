@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from irtune.adapters.table import LayerTable, Named
+from irtune.optimizer_state import Layout
+from irtune.zero import is_partitioned
 
 FACTOR = re.compile(r"(?:^|\.)lora_[AB]\.")  # not DoRA's magnitude, which no scaling turns down
 Gathered = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[None]]
@@ -21,8 +23,21 @@ class Scaled(nn.Module):
 
 
 def remember_origins(table: LayerTable) -> None:
-    """Keep the first values, on the CPU, of parameters that no scaling can turn down: `suppressed` needs them."""
-    table.origins = {name: parameter.detach().cpu().clone() for name, parameter in _unscaled(table)}
+    """Keep the first values, on the CPU, of parameters that no scaling can turn down: `suppressed` needs them.
+
+    Of partitioned ones, each rank keeps its share.
+    """
+    for name, parameter in _unscaled(table):
+        if is_partitioned(parameter):
+            table.shares.add(name)
+        held = getattr(parameter, "ds_tensor", parameter)
+        table.origins[name] = held.detach().cpu().clone()
+
+
+def _origin(table: LayerTable, name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """The first value of a parameter, whole, where the parameter is."""
+    kept = table.origins[name].to(parameter.device)
+    return Layout(stage=3).join([kept], [parameter])[0] if name in table.shares else kept
 
 
 def _unscaled(table: LayerTable) -> Named:
@@ -72,7 +87,7 @@ def suppressed(
             with torch.no_grad(), gathered(parameters):
                 for name, parameter in moved:
                     kept.append(parameter.data.clone())
-                    origin = table.origins[name].to(parameter.device)
+                    origin = _origin(table, name, parameter)
                     parameter.data.copy_(origin + factor * (parameter.data - origin))
         yield
     finally:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from irtune.adapters.idle import IdleAdapters
+from irtune.anatomy import Anatomy
 from irtune.errors import ModelError
-from irtune.models import Anatomy
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -23,6 +24,8 @@ class LayerTable:
     below: whether parameters outside the layers need gradients through all of them: embeddings, a prompt.
     pretrained: whether the layers' parameters are the model's own weights, which need not be saved before they train.
     origins: first values of parameters, for measurements that turn them down; see `adapters.scaling`.
+    shares: those of `origins` of which a rank keeps its share only.
+    idle: leaves out the updates of layers that never trained.
     """
 
     layers: list[Named]
@@ -31,6 +34,11 @@ class LayerTable:
     pretrained: bool = False
     below: bool = False
     origins: dict[str, torch.Tensor] = field(default_factory=dict)
+    shares: set[str] = field(default_factory=set)
+    idle: IdleAdapters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.idle = IdleAdapters(self.modules)
 
     def groups(self, layers: Iterable[int] | None = None) -> list[Named]:
         """Parameters of each of `layers` (None: of all that have any), and of the head."""
@@ -57,6 +65,7 @@ class LayerTable:
                 parameter.requires_grad_(number in selected)
         for _, parameter in self.head:
             parameter.requires_grad_(True)
+        self.idle.has_trained(selected)
 
 
 def build_table(

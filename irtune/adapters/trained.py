@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from irtune.adapters.linear import compute_in_input_dtype
 from irtune.config.schema import AdapterConfig
-from irtune.models import Classifier, compute_in_input_dtype
+from irtune.models import Classifier
 
 
 def freeze(model: nn.Module) -> None:

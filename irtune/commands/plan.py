@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from irtune.commands.common import show, show_json, table
 from irtune.config import load_config
+from irtune.config.batch import accumulation, for_ranks
 from irtune.config.engine_json import read_engine_json
 from irtune.config.validate import PLAIN_BASE
 from irtune.errors import ConfigError
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str]) -> int:
     if problems:
         raise ConfigError(problems)
     config = load_config(rest)
+    problems = accumulation(config.optim, int(gpus))[1]
+    if problems:
+        raise ConfigError(problems)
+    config = for_ranks(config, int(gpus))
     zero = read_engine_json(config, int(gpus))[0]["zero_optimization"]
     parts = count(config)
     rows = [

@@ -7,6 +7,7 @@ from typing import Any
 
 from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
+from irtune.config.batch import for_ranks
 from irtune.config.engine_json import read_engine_json
 from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
 from irtune.errors import ConfigError, IrtuneError
@@ -57,6 +58,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     problems: list[str] = []
     settings, engine_problems = read_engine_json(config, ranks)
     problems += engine_problems + unknown_zero_keys(settings)
+    config = for_ranks(config, ranks)
     corpus = _tried(lambda: read_corpus(config.data), problems)
     tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
     encoder = encoded = plan = None

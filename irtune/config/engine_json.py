@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from irtune.config.batch import accumulation, for_ranks
 from irtune.config.plausible import brief
 from irtune.config.schema import Config
-from irtune.config.validate import check_sharding
+from irtune.config.validate import check_compile, check_sharding
 
 # Decided by the recipe, so the JSON must not hold them at all.
 RECIPE_ONLY = {
@@ -64,6 +65,9 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
             problems.append(f"{path}: {key} must hold {words}, not {brief(value)}")
     if problems:
         return {}, problems
+    if world_size is not None:
+        problems += accumulation(config.optim, world_size)[1]
+        config = for_ranks(config, world_size)
     for key, (option, value) in _decided(config, world_size).items():
         given = _get(settings, key)
         if given not in (None, "auto", value):
@@ -73,6 +77,7 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {brief(stage)}; accepted: 0, 1, 2, 3")
     problems += check_sharding(config.model.quantization, settings["zero_optimization"], path)
+    problems += check_compile(config, settings["zero_optimization"], path)
     # The optimizer is torch's AdamW: ZeRO must accept it, and offload must not insist on DeepSpeed's own.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     settings.setdefault("steps_per_print", 2**31)
@@ -131,13 +136,15 @@ def _decided(config: Config, world_size: int | None) -> dict[str, tuple[str, Any
     optim, dtype = config.optim, engine_dtype(config)
     decided: dict[str, tuple[str, Any]] = {
         "train_micro_batch_size_per_gpu": ("optim.micro_batch_size", optim.micro_batch_size),
-        "gradient_accumulation_steps": ("optim.gradient_accumulation_steps", optim.gradient_accumulation_steps),
         "gradient_clipping": ("optim.max_grad_norm", optim.max_grad_norm),
         "bf16.enabled": ("adapter.dtype with model.dtype", dtype == "bfloat16"),
         "bf16.check_grad_overflow": ("irtune, which skips steps that are not finite,", True),
         "zero_optimization.compute_grad_norm": ("irtune, which skips steps that are not finite,", True),
         "fp16.enabled": ("adapter.dtype with model.dtype", dtype == "float16"),
     }
+    if world_size is not None or optim.global_batch_size is None:
+        option = "gradient_accumulation_steps" if optim.global_batch_size is None else "global_batch_size"
+        decided["gradient_accumulation_steps"] = (f"optim.{option}", optim.gradient_accumulation_steps)
     if world_size is not None:
         decided["train_batch_size"] = (
             f"optim.micro_batch_size x optim.gradient_accumulation_steps x {world_size} ranks",

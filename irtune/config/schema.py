@@ -19,6 +19,11 @@ class ModelConfig:
     quantised."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel."""
+    compile: bool = False
+    """Compile each layer with torch.compile: a slow start, then faster steps. With ZeRO 0 to 2 and an unquantised
+    base."""
+    fused_kernels: bool = False
+    """On a GPU, use the fused norm, rotary and feed-forward kernels of the package liger-kernel, if it is installed."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
@@ -145,6 +150,9 @@ class TuningConfig:
     """Smallest share of layers that otsu selects."""
     max_fraction: float = 0.65
     """Largest share of layers that otsu selects."""
+    cost_weight: float = 0.0
+    """With method ir, share of the selected layers' score mass that may be given up for the same share of the backward
+    pass, which ends at the lowest selected layer. 0: the paper's choice, whatever it costs."""
     ema: float = 0.0
     """Smoothing of scores: s <- ema * s_old + (1 - ema) * s_new."""
     deselected_state: Literal["offload", "drop"] = "offload"
@@ -178,7 +186,10 @@ class OptimConfig:
     micro_batch_size: int = 8
     """Examples per rank and forward pass."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per rank and optimizer step."""
+    """Micro-batches per rank and optimizer step. With global_batch_size, 1 is filled in."""
+    global_batch_size: int | None = None
+    """Examples per optimizer step, whatever the number of ranks; accumulation follows from it, so that a run continues
+    with fewer or more ranks. null: micro_batch_size x gradient_accumulation_steps x ranks."""
     loss: Literal["cross_entropy", "class_balanced", "focal"] = "cross_entropy"
     """What is minimised. class_balanced: rare classes weigh more; focal: examples that are hard weigh more."""
     class_balance_beta: float = 0.999
@@ -194,7 +205,7 @@ class RunConfig:
     """Where results go and how often."""
 
     output_dir: str = "runs/default"
-    """Folder that the run writes; nothing is written outside it."""
+    """Folder that the run writes; outside it, only token ids are kept (IRTUNE_CACHE)."""
     seed: int = 0
     """Seed of everything random: initialisation, order, dropout, random selection."""
     log_every: int = 10

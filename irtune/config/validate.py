@@ -38,6 +38,7 @@ def _check_numbers(config: Config) -> list[str]:
         ("tuning.interval", tuning.interval, tuning.interval >= 1, "a whole number of at least 1"),
         ("tuning.min_fraction", tuning.min_fraction, 0 <= tuning.min_fraction <= 1, "a number from 0 to 1"),
         ("tuning.max_fraction", tuning.max_fraction, 0 < tuning.max_fraction <= 1, "a number above 0, at most 1"),
+        ("tuning.cost_weight", tuning.cost_weight, 0 <= tuning.cost_weight < math.inf, "a number of at least 0"),
         ("tuning.ema", tuning.ema, 0 <= tuning.ema < 1, "a number from 0 to below 1"),
         ("tuning.temperature", tuning.temperature, 0 < tuning.temperature < math.inf, "a number above 0"),
         ("tuning.max_bad_scores", tuning.max_bad_scores, tuning.max_bad_scores >= 1, "at least 1"),
@@ -53,6 +54,12 @@ def _check_numbers(config: Config) -> list[str]:
             "optim.gradient_accumulation_steps",
             optim.gradient_accumulation_steps,
             optim.gradient_accumulation_steps >= 1,
+            "at least 1",
+        ),
+        (
+            "optim.global_batch_size",
+            optim.global_batch_size or 0,
+            optim.global_batch_size is None or optim.global_batch_size >= 1,
             "at least 1",
         ),
         (
@@ -135,6 +142,24 @@ def _check_data(config: Config) -> list[str]:
     return problems
 
 
+def check_compile(config: Config, zero: dict[str, Any], path: object) -> list[str]:
+    """Problems of model.compile with the base and the zero_optimization section of the DeepSpeed file `path`."""
+    if not config.model.compile:
+        return []
+    problems = []
+    if zero["stage"] == 3:
+        problems.append(
+            f"model.compile does not go with zero_optimization.stage 3 in {path}, whose hooks gather weights inside "
+            "every layer; set model.compile to false, or --deepspeed to a file with stage 0, 1 or 2"
+        )
+    if config.model.quantization != "none":
+        problems.append(
+            f"model.compile does not go with model.quantization {config.model.quantization}, whose products cannot be "
+            "compiled; set one of the two back"
+        )
+    return problems
+
+
 def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> list[str]:
     """Problems of a quantised base with the zero_optimization section of the DeepSpeed file `path`."""
     if quantization == "none" or zero["stage"] != 3:
@@ -181,6 +206,14 @@ def _check_combinations(config: Config) -> list[str]:
         problems.append(f"tuning.budget has no meaning for tuning.method {tuning.method}; leave it out")
     if tuning.budget is not None and tuning.method == "ir" and tuning.rule == "reference":
         problems.append("tuning.budget cannot be kept by tuning.rule reference, which has limits of its own; use otsu")
+    if tuning.cost_weight and tuning.method != "ir":
+        problems.append(f"tuning.cost_weight has no meaning for tuning.method {tuning.method}; leave it out")
+    elif tuning.cost_weight and (adapter.type == "ltuning-prefix" or adapter.embeddings):
+        what = "adapter.embeddings" if adapter.embeddings else f"adapter.type {adapter.type}"
+        problems.append(
+            f"tuning.cost_weight has no effect with {what}: the backward pass goes through all layers anyway; leave it "
+            "out"
+        )
     if (tuning.layers is None) == (tuning.method == "fixed"):
         problems.append("tuning.layers goes with tuning.method fixed, and fixed needs it, for example 0-3,7")
     if tuning.method == "grass" and tuning.score != "rms":

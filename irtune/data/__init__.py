@@ -4,6 +4,7 @@ from irtune.data.batches import BatchPlan, collate, evaluation_batches
 from irtune.data.corpus import Corpus, Example, read_corpus, read_split
 from irtune.data.prompts import Encoder
 from irtune.data.tables import NumberedRows, parse_json_lines, read_table
+from irtune.data.token_cache import TokenCache, corpus_digest, encoder_digest
 
 __all__ = [
     "BatchPlan",
@@ -11,7 +12,10 @@ __all__ = [
     "Encoder",
     "Example",
     "NumberedRows",
+    "TokenCache",
     "collate",
+    "corpus_digest",
+    "encoder_digest",
     "evaluation_batches",
     "parse_json_lines",
     "read_corpus",

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 
 def fold_of(labels: Sequence[str], groups: Sequence[str], folds: int, seed: int) -> list[int]:
@@ -13,6 +12,9 @@ def fold_of(labels: Sequence[str], groups: Sequence[str], folds: int, seed: int)
     Examples of one group (a document) are in one fold. A label whose examples are all in one fold stays out of every
     fold (-1: always in training): it could not be learnt when that fold is held out.
     """
+    # Imported here: it takes more than a second, and most runs have a dev split.
+    from sklearn.model_selection import StratifiedGroupKFold
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label rarer than folds cannot be in each of them: expected here
         splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed % 2**32)

@@ -104,6 +104,7 @@ def estimate(
     zero = zero or {}
     on_cpu = parts.device == "cpu"
     share = world if stage == 3 else 1
+    loaded = share if quantization == "none" else 1  # a quantised base is divided when it has been read whole
     groups = [parts.layers[layer] for layer in parts.selected if parts.layers[layer]] + [parts.head]
     every = [layer for layer in parts.layers if layer] + [parts.head]
     trained, adapted = sum(map(sum, groups)), sum(map(sum, every))
@@ -139,8 +140,8 @@ def estimate(
         buffers=buffers,
         activations=activations,
         parked=parked,
-        host=total - process if on_cpu else parked + moved + base_bytes(parts, quantization),
-        sent_per_step=_sent(parts, config, stage, quantization, world, trained, adapted),
+        host=total - process if on_cpu else parked + moved + base_bytes(parts, quantization, loaded),
+        sent_per_step=_sent(parts, config, zero, stage, quantization, world, trained, adapted),
         total=total,
         memory=None if memory is None else int(memory),
         fits=None if room is None else room >= 0,
@@ -172,11 +173,22 @@ def _gathered(parts: Parts, zero: Mapping[str, Any], stage: int, quantization: s
     return total
 
 
-def _sent(parts: Parts, config: Config, stage: int, quantization: str, world: int, trained: int, adapted: int) -> int:
-    """Bytes that a rank sends in an optimizer step, by ring algorithms."""
+def _sent(
+    parts: Parts,
+    config: Config,
+    zero: Mapping[str, Any],
+    stage: int,
+    quantization: str,
+    world: int,
+    trained: int,
+    adapted: int,
+) -> int:
+    """Bytes that a rank sends in an optimizer step, by ring algorithms (tests/test_traffic.py counts them)."""
     ring = (world - 1) / world
     gradients = ring * trained * parts.trained_bytes
-    sent = gradients * (2 if stage == 0 else 1)  # all-reduce, or reduce-scatter
+    # DeepSpeed's stages 1 and 2 all-reduce a bucket, unless they are told to reduce each rank's part to it.
+    whole = stage == 0 or (stage in (1, 2) and zero.get("use_multi_rank_bucket_allreduce", True))
+    sent = gradients * (2 if whole else 1)  # all-reduce, or reduce-scatter
     if stage in (1, 2):
         sent += gradients  # all-gather of what was updated
     if stage == 3:

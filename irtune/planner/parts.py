@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from irtune.adapters import LayerTable, add_adapters
+from irtune.anatomy import is_linear
 from irtune.config import Config
 from irtune.errors import ConfigError
-from irtune.models import DTYPES, Classifier, is_linear
+from irtune.models import DTYPES, Classifier
 from irtune.planner.attention import stand_in, traceable
 from irtune.planner.labels import planned_labels, planned_tokenizer
 from irtune.planner.step import Step, evaluation_bytes, training_step

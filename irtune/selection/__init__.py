@@ -124,6 +124,7 @@ def _build(
             max_fraction=high,
             ema=tuning.ema,
             random_first=tuning.first == "random_half",
+            cost_weight=tuning.cost_weight,
         ),
     }
     return builders[tuning.method]()

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from irtune.selection.base import Chooser, Observation
-from irtune.selection.split import split_layers
+from irtune.selection.split import raise_lowest, split_layers
 
 
 class IRChooser(Chooser):
@@ -28,11 +28,12 @@ class IRChooser(Chooser):
         max_fraction: float = 0.65,
         ema: float = 0.0,
         random_first: bool = False,
+        cost_weight: float = 0.0,
     ):
         super().__init__(num_layers, interval, seed)
         self.rule, self.num_splits = rule, num_splits
         self.min_fraction, self.max_fraction = min_fraction, max_fraction
-        self.ema, self.random_first = ema, random_first
+        self.ema, self.random_first, self.cost_weight = ema, random_first, cost_weight
         self.scores: list[float | None] = [None] * num_layers
         self.bad_in_a_row = 0
 
@@ -51,13 +52,9 @@ class IRChooser(Chooser):
             old = self.scores[layer]
             if score is not None:  # s <- ema * s_old + (1 - ema) * s_new
                 self.scores[layer] = score if old is None else self.ema * old + (1 - self.ema) * score
-        return split_layers(
-            [score if score is not None else 0.0 for score in self.scores],
-            self.rule,
-            self.num_splits,
-            self.min_fraction,
-            self.max_fraction,
-        )
+        scores = [score if score is not None else 0.0 for score in self.scores]
+        chosen = split_layers(scores, self.rule, self.num_splits, self.min_fraction, self.max_fraction)
+        return raise_lowest(scores, chosen, self.cost_weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Remembered scores (length L, null where unknown) and the count of bad selections in a row."""

@@ -47,6 +47,38 @@ def split_layers(
     return sorted(chosen)
 
 
+def raise_lowest(scores: Sequence[float], chosen: Sequence[int], cost_weight: float) -> list[int]:
+    """Trade a little score for a shorter backward pass, which ends at the lowest trained layer.
+
+    Of all sets of as many layers as `chosen`, take the one with the greatest
+
+        mass(S) / mass(chosen) - cost_weight * depth(S) / L,    mass(S) = sum over S of (score - smallest score),
+
+    where depth(S) = L - min(S) is the number of layers that the backward pass goes through. For each lowest layer that
+    is the set of the highest scores from there upwards.
+
+    Args:
+        scores: one finite score per layer, length L; higher is more important.
+        chosen: the layers of the split.
+        cost_weight: share of the score mass that is given up for the same share of the layers; 0 returns `chosen`.
+
+    Returns:
+        Ascending layer ids, as many as `chosen`. Ties go to the higher lowest layer.
+    """
+    floor, count = min(scores), len(scores)
+    whole = sum(scores[layer] - floor for layer in chosen)
+    if not cost_weight or not whole:
+        return sorted(chosen)
+    best, most = sorted(chosen), -math.inf
+    for lowest in range(count - len(chosen) + 1):
+        above = sorted(range(lowest, count), key=lambda layer: (-scores[layer], -layer))[: len(chosen)]
+        mass = sum(scores[layer] - floor for layer in above)
+        worth = mass / whole - cost_weight * (count - min(above)) / count
+        if worth >= most:
+            best, most = sorted(above), worth
+    return best
+
+
 def _otsu_cut(ordered: np.ndarray, min_fraction: float, max_fraction: float) -> int:
     """Size of the low group, from float64 `ordered` scores, shape [L]. Ties go to the smaller low group."""
     count = len(ordered)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from irtune.adapters.linear import AdapterLinear
 from irtune.adapters.scaling import Scaled
 from irtune.adapters.trained import freeze, layer_list, train_with_head
+from irtune.anatomy import ATTENTION_NAMES, is_linear
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ModelError
-from irtune.models import ATTENTION_NAMES, AdapterLinear, Classifier, is_linear
+from irtune.models import Classifier
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 

@@ -13,6 +13,7 @@ from irtune.adapters.soft_tokens import SoftTokens
 from irtune.adapters.trained import freeze, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
+from irtune.zero import whole
 
 EVERY_LAYER = False
 BELOW = True
@@ -25,7 +26,8 @@ class Prompted(SoftTokens):
         super().__init__(classifier)
         vocabulary = self.base.get_input_embeddings()  # type: ignore[operator]
         chosen = torch.randint(vocabulary.num_embeddings, (adapter.num_tokens,))
-        first = vocabulary(chosen.to(vocabulary.weight.device)).detach().clone()
+        with whole(vocabulary.parameters()):
+            first = vocabulary(chosen.to(vocabulary.weight.device)).detach().clone()
         self.prompt = nn.Embedding(adapter.num_tokens, first.shape[1], _weight=first)
 
     def forward(self, **batch: torch.Tensor) -> Any:

@@ -10,9 +10,10 @@ from torch import nn
 from irtune.adapters.biases import layer_biases
 from irtune.adapters.low_rank import add_low_rank, target_pattern
 from irtune.adapters.trained import freeze, layer_list, train_with_head
+from irtune.anatomy import ATTENTION_NAMES, linear_names
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ConfigError, ModelError
-from irtune.models import ATTENTION_NAMES, Classifier, linear_names
+from irtune.models import Classifier
 
 EVERY_LAYER = False
 

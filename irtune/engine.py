@@ -72,7 +72,9 @@ class Engine:
         shared = self.stage == 3 and table.below and any(table.layers) and not table.pretrained
         if shared and recompute:
             log.warning("model.gradient_checkpointing is not used: under ZeRO 3 this adapter's layers share a network")
-        self.recompute = Recompute([] if shared else table.modules, reentrant=self.stage == 3, always=recompute)
+        self.recompute = Recompute(
+            [] if shared else table.modules, reentrant=self.stage == 3, always=recompute, frozen=table.frozen
+        )
         self.offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
         # Of lower-precision parameters ZeRO keeps fp32 masters, which alone remember what rounding takes away.
         self.keeps_master = table.head[0][1].dtype != torch.float32

@@ -14,15 +14,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Least share of a trained layer's activations that the same layer stores when it is frozen and gradients pass through
-# it, and largest share of them that its input makes up, which is all that it stores when it is recomputed.
-FROZEN, INPUT = 0.6, 1 / 8
+# Largest share of a trained layer's activations that its input makes up, which is all that a recomputed layer stores.
+INPUT = 1 / 8
 
 
 class Recompute:
     """Says for every layer whether it is recomputed in the backward pass."""
 
-    def __init__(self, modules: Sequence[nn.Module], *, reentrant: bool, always: bool):
+    def __init__(self, modules: Sequence[nn.Module], *, reentrant: bool, always: bool, frozen: float = 0.6):
         """Take charge of the layers of a model.
 
         Args:
@@ -30,8 +29,9 @@ class Recompute:
             reentrant: the kind of recomputation: ZeRO 3 needs the reentrant one, since the other kind meets parameters
                 that are in pieces again.
             always: recompute trained layers in every step, not only what scoring adds.
+            frozen: least share of a trained layer's activations that a frozen one above the lowest stores.
         """
-        self.always, self.reentrant = always, reentrant
+        self.always, self.reentrant, self.frozen = always, reentrant, frozen
         # Layers of models that bring their own code may not know how; then scoring needs the memory of all layers.
         self.possible = all(hasattr(module, "gradient_checkpointing") for module in modules)
         self.modules = list(modules) if self.possible else []
@@ -55,7 +55,9 @@ class Recompute:
         those of the layers above are gone.
         """
         layers, trained = len(self.modules), len(self.selected)
-        stored = trained + FROZEN * (layers - self.lowest - trained)  # in a training step, in trained layers' worth
+        stored = trained + self.frozen * (
+            layers - self.lowest - trained
+        )  # in a training step, in trained layers' worth
         lowest = math.ceil((layers - stored) / (1 - INPUT))
         self._recompute(range(layers if self.always else min(layers, lowest)))
         try:

@@ -22,19 +22,19 @@ from irtune import launcher, logs
 INTERVAL = 2.0  # seconds between two looks
 SILENT = 45.0  # seconds without a sign after which a rank counts as dead
 GRACE = 10.0  # seconds that a rank has to end by itself when another one failed
-ANSWER = 10.0  # seconds that the store has for an answer
+ANSWER = 10.0  # most seconds that the store has for an answer
 
 
 class _Line:
-    """A connection to the store whose every request is given up after `ANSWER` seconds, with a RuntimeError.
+    """A connection to the store whose every request is given up after `seconds`, with a RuntimeError.
 
     torch's own time-outs do not hold for all requests: over a cable that was cut, they wait until the kernel gives the
     connection up, which takes a quarter of an hour.
     """
 
-    def __init__(self, store: dist.Store):
-        store.set_timeout(datetime.timedelta(seconds=ANSWER))
-        self._store = store
+    def __init__(self, store: dist.Store, seconds: float):
+        store.set_timeout(datetime.timedelta(seconds=seconds))
+        self._store, self._seconds = store, seconds
         self._requests: queue.SimpleQueue[tuple[str, tuple, queue.SimpleQueue]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="irtune-line", daemon=True).start()
 
@@ -52,9 +52,9 @@ class _Line:
         answer: queue.SimpleQueue[tuple[Any, RuntimeError | None]] = queue.SimpleQueue()
         self._requests.put((method, arguments, answer))
         try:
-            value, error = answer.get(timeout=ANSWER)
+            value, error = answer.get(timeout=self._seconds)
         except queue.Empty:
-            raise RuntimeError(f"no answer of the ranks' store in {ANSWER:.0f} s") from None
+            raise RuntimeError(f"no answer of the ranks' store in {self._seconds:.0f} s") from None
         if error is not None:
             raise error
         return value
@@ -114,7 +114,8 @@ class Watch:
             return
         self._store = dist.PrefixStore("irtune/watch", store)
         # A connection of its own: the other one may be waiting in a collective's set-up.
-        self._pulse = _Line(dist.PrefixStore("irtune/watch", store.clone()))  # type: ignore[attr-defined]
+        line = dist.PrefixStore("irtune/watch", store.clone())  # type: ignore[attr-defined]
+        self._pulse = _Line(line, min(ANSWER, max(1.0, silent / 3)))  # three go unanswered before it is given up
         self._thread = threading.Thread(target=self._keep_watch, name="irtune-watch", daemon=True)
         self._thread.start()
 

@@ -45,5 +45,5 @@ def test_it_measures_between_ranks():
     assert found["ranks"] == 2 and found["used_backend"] == "gloo", found["problems"]
     assert [row["bytes"] for row in found["all_reduce"]] == [128, 4 * 655_360, 4 * 6_553_600]
     times = [row["seconds"] for row in found["all_reduce"]]
-    assert 0 < times[0] < times[1] < times[2]
+    assert all(seconds > 0 for seconds in times) and times[0] < times[2], times  # 2.6 MB may take as long as 128 bytes
     assert all(row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"]) for row in found["all_reduce"])

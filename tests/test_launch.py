@@ -133,13 +133,19 @@ def test_two_hosts_train(env, llama, corpus, tmp_path):
 WAITS = 'trap "echo told >> told; exit 143" TERM; touch ready; for i in $(seq 400); do sleep 0.05; done; exit 0'
 
 
+def heed_hangup():
+    """Tests that were started by nohup hand its deafness on."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGHUP", "end of input"])
 def test_a_stop_is_passed_on_once(tmp_path, how):
     command, over_ssh = ["bash", "-c", WAITS], how == "end of input"
     process = subprocess.Popen([sys.executable, str(ROOT / "launch/start.py"),
                                 *(["--from-stdin"] if over_ssh else command)],
-                               cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+                               cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed_hangup)  # fmt: skip
     if over_ssh:
         process.stdin.write(json.dumps({"command": command, "env": {}, "folder": str(tmp_path)}) + "\n")
         process.stdin.flush()
@@ -215,7 +221,7 @@ def test_two_nodes_meet_and_a_failing_rank_is_shown(env, llama, corpus, tmp_path
     ]
     said = [part.communicate(timeout=120) for part in parts]
     assert all(part.returncode for part in parts), said[0][1][-3000:]
-    assert sum("step 2  loss" in out for out, _ in said) == 1, "both trained to the end, and rank 0 spoke"
+    assert sum("step 2  loss" in out for out, _ in said) == 1, said  # both trained to the end, and rank 0 spoke
     errors = "".join(text for _, text in said)
     assert "error: cannot write" in errors and "error on rank 1 (" in errors and "== node " in errors
     assert "rank_0.log: this rank ended with an error; its last lines:" in errors

@@ -110,6 +110,15 @@ def test_checkpointing_counts_only_above_the_lowest_selected_layer(llama):
     assert count(config_for(llama, score="weight"), [3, 5], slope=False).scoring == 0
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["lora", "dora", "bottleneck", "prefix"])
+def test_scoring_takes_no_more_than_training(llama, kind):
+    for dtype in ("float32", "bfloat16"):
+        for selected in ([0, 3], [1, 3, 5], [3, 4]):
+            parts = count(config_for(llama, kind, dtype), selected, device="cpu", slope=False)
+            assert 0 < parts.scoring <= parts.peak, (dtype, selected)
+
+
 # ----- optimizer state -----
 
 rng = random.Random(4)

@@ -40,6 +40,7 @@ def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Mod
         pretrained=getattr(kind, "PRETRAINED", False),
         below=getattr(kind, "BELOW", False) or adapter.embeddings,
     )
+    table.frozen = getattr(kind, "FROZEN", table.frozen)
     dtypes = {parameter.dtype for _, parameter in table.all()}
     assert len(dtypes) == 1, f"adapters and head must share one dtype, not {dtypes}"
     return model, table

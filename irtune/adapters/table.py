@@ -25,6 +25,7 @@ class LayerTable:
     pretrained: whether the layers' parameters are the model's own weights, which need not be saved before they train.
     origins: first values of parameters, for measurements that turn them down; see `adapters.scaling`.
     shares: those of `origins` of which a rank keeps its share only.
+    frozen: least share of a trained layer's activations that the same layer stores when gradients only pass through.
     idle: leaves out the updates of layers that never trained.
     """
 
@@ -35,6 +36,7 @@ class LayerTable:
     below: bool = False
     origins: dict[str, torch.Tensor] = field(default_factory=dict)
     shares: set[str] = field(default_factory=set)
+    frozen: float = 0.6
     idle: IdleAdapters = field(init=False)
 
     def __post_init__(self) -> None:

@@ -101,4 +101,6 @@ def collate(
         batch["token_type_ids"] = padded("token_type_ids", 0)
     if labels is not None:
         batch["labels"] = torch.tensor(labels)
+    if device is not None and device.type == "cuda":  # only from pinned memory does a copy not wait
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -155,7 +155,9 @@ def scores_all_layers(config: Config) -> bool:
 
 def _steps(config: Config, network: nn.Module, table: LayerTable, selected: list[int], slope: bool) -> dict:
     """The fields of `Parts` about steps."""
-    recompute = Recompute(table.modules, reentrant=False, always=config.model.gradient_checkpointing)
+    recompute = Recompute(
+        table.modules, reentrant=False, always=config.model.gradient_checkpointing, frozen=table.frozen
+    )
     rows, length = config.optim.micro_batch_size, config.data.max_length
 
     def step(rows: int, scoring: bool = False) -> Step:

@@ -7,5 +7,6 @@ lies elsewhere is trained always, like the head. That is all a new type needs. I
 
 EVERY_LAYER = False  when some layers have no parameters (otherwise that is an error)
 BELOW = True         when parameters outside the layers need gradients through all of them
+FROZEN = 0.3         least share of a trained layer's activations that a frozen layer stores, where it is below 0.6
 PRETRAINED = True    when its parameters are the model's own weights, which checkpoints hold only once they trained
 """

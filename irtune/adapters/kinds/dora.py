@@ -6,6 +6,8 @@ from irtune.adapters.low_rank import add_low_rank
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 
+FROZEN = 0.3  # the norms of all columns of W + B A are stored for the gradients of magnitude and factors only
+
 
 def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     """DoRA as peft has it."""

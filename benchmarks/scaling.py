@@ -106,10 +106,10 @@ def rows() -> Iterator[str]:
     for shape, own, part in itertools.product(SHAPES, (False, True), (1.0, share)):
         counts = parts(shape, config, own, part)
         trained = f"{'own weights' if own else 'LoRA'}, {len(counts.selected)} layers"
-        for stage in (2, 3):
+        for stage in (0, 1, 2, 3):
             plans = [estimate(counts, config, stage=stage, quantization="none", world=ranks) for ranks in RANKS]
             # A reduction and a gathering of what is trained, and norms; ZeRO 3: two or three for each layer.
-            messages = 4 if stage == 2 else 2 * shape.layers + len(counts.selected)
+            messages = 2 * shape.layers + len(counts.selected) if stage == 3 else 4
             times = [Machine().seconds(plan.sent_per_step, messages, n) for plan, n in zip(plans, RANKS)]
             times.append(Machine(adapters=1).seconds(plans[-1].sent_per_step, messages, RANKS[-1]))
             held = [plan.base + plan.adapters + plan.gradients + plan.optimizer for plan in (plans[0], plans[-1])]

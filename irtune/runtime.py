@@ -18,7 +18,7 @@ import torch.distributed as dist
 from irtune import launcher
 from irtune.errors import ConfigError, DistributedError, IrtuneError
 from irtune.machine import interface_towards
-from irtune.watch import SILENT, Watch
+from irtune.watch import Patience, Watch
 
 _watch = Watch(None, 0, 1)  # that of the running process group
 
@@ -90,9 +90,14 @@ def start(world: World, timeout_seconds: int) -> None:
             launcher.set_default("GLOO_SOCKET_IFNAME", interface)
     try:
         store = _meeting_point(world, timeout)
-        group_store = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group_store, rank=world.rank, world_size=world.size, timeout=timeout)
-        _watch = Watch(store, world.rank, world.size, silent=min(SILENT, timeout_seconds))
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=_of_collectives(timeout_seconds),
+        )
+        _watch = Watch(store, world.rank, world.size, timeout=timeout_seconds)
     except Exception as error:  # torch raises several kinds, each meaning that the ranks did not meet
         raise DistributedError(_not_met(world, timeout_seconds, error)) from error
 
@@ -131,9 +136,13 @@ def stop() -> None:
 
 def limit_waiting(timeout_seconds: int) -> None:
     """Give every process group the time-out of the first one: those that DeepSpeed opens wait for 30 minutes."""
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    timeout = _of_collectives(timeout_seconds)
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _of_collectives(timeout_seconds: int) -> datetime.timedelta:
+    return datetime.timedelta(seconds=Patience.within(timeout_seconds).collective)
 
 
 def watch() -> Watch:

@@ -6,6 +6,7 @@ only hangs. `doing` is the name of what a rank is at, which a time-out reports.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import queue
 import signal
@@ -19,10 +20,37 @@ import torch.distributed as dist
 
 from irtune import launcher, logs
 
-INTERVAL = 2.0  # seconds between two looks
-SILENT = 45.0  # seconds without a sign after which a rank counts as dead
-GRACE = 10.0  # seconds that a rank has to end by itself when another one failed
-ANSWER = 10.0  # most seconds that the store has for an answer
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How a run's time-out is spent, in seconds: all that follows from a lost rank fits into it.
+
+    A collective waits for a lost rank, then `explain` does; where the main thread hangs, it is `silent` and `grace`.
+    """
+
+    interval: float  # between two looks of a rank at the next one
+    silent: float  # without a sign, after which a rank counts as dead
+    grace: float  # that a rank has to end by itself when another one failed
+    answer: float  # that the store has for an answer; three go unanswered before it is given up
+    explain: float  # to find out who does not answer, when a collective has timed out
+    leave: float  # to say so and end
+    collective: float  # that a collective waits
+
+    @classmethod
+    def within(cls, timeout: float) -> "Patience":
+        """The parts of `timeout`: all have a share of a short one, the collectives what is left of a long one."""
+        interval, explain = min(2.0, timeout / 20), min(5.0, timeout / 6)
+        grace, leave = min(10.0, timeout / 8), min(3.0, timeout / 8)
+        silent = min(45.0, timeout - grace - leave - 2 * interval)
+        return cls(
+            interval=interval,
+            silent=silent,
+            grace=grace,
+            answer=min(10.0, silent / 3 - interval),
+            explain=explain,
+            leave=leave,
+            collective=timeout - explain - leave,
+        )
 
 
 class _Line:
@@ -34,7 +62,9 @@ class _Line:
 
     def __init__(self, store: dist.Store, seconds: float):
         store.set_timeout(datetime.timedelta(seconds=seconds))
-        self._store, self._seconds = store, seconds
+        self._store, self.seconds = store, seconds
+        self._waiting: set[queue.SimpleQueue] = set()
+        self._closed = False
         self._requests: queue.SimpleQueue[tuple[str, tuple, queue.SimpleQueue]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="irtune-line", daemon=True).start()
 
@@ -50,11 +80,16 @@ class _Line:
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         answer: queue.SimpleQueue[tuple[Any, RuntimeError | None]] = queue.SimpleQueue()
+        self._waiting.add(answer)
+        if self._closed:
+            answer.put((None, RuntimeError("the ranks' store is left")))
         self._requests.put((method, arguments, answer))
         try:
-            value, error = answer.get(timeout=self._seconds)
+            value, error = answer.get(timeout=self.seconds)
         except queue.Empty:
-            raise RuntimeError(f"no answer of the ranks' store in {self._seconds:.0f} s") from None
+            raise RuntimeError(f"no answer of the ranks' store in {self.seconds:.0f} s") from None
+        finally:
+            self._waiting.discard(answer)
         if error is not None:
             raise error
         return value
@@ -76,8 +111,11 @@ class _Line:
         self._ask("compare_set", key, expected, wanted)
 
     def close(self) -> None:
-        """Nothing is asked any more."""
+        """Nothing is asked any more, and who waits for an answer gets none."""
+        self._closed = True
         self._requests.put(("close", (), queue.SimpleQueue()))
+        for answer in list(self._waiting):
+            answer.put((None, RuntimeError("the ranks' store is left")))
 
 
 class Watch:
@@ -89,7 +127,7 @@ class Watch:
         rank: int,
         size: int,
         *,
-        silent: float = SILENT,
+        timeout: float = 1800.0,
         leave: Callable[[str], None] | None = None,
     ):
         """Start to watch.
@@ -98,10 +136,10 @@ class Watch:
             store: where the ranks met; None for a single rank.
             rank: number of this process.
             size: number of ranks.
-            silent: seconds without a sign of life after which a rank counts as dead.
+            timeout: seconds within which this rank ends when another one is lost.
             leave: what ends this process when another rank failed and the main thread hangs.
         """
-        self.rank, self.size, self.silent = rank, size, silent
+        self.rank, self.size, self.patience = rank, size, Patience.within(timeout)
         self.doing = "start"
         self.nodes: Sequence[str] = ()  # of each rank, where there are several
         self.signal: int | None = None
@@ -115,7 +153,7 @@ class Watch:
         self._store = dist.PrefixStore("irtune/watch", store)
         # A connection of its own: the other one may be waiting in a collective's set-up.
         line = dist.PrefixStore("irtune/watch", store.clone())  # type: ignore[attr-defined]
-        self._pulse = _Line(line, min(ANSWER, max(1.0, silent / 3)))  # three go unanswered before it is given up
+        self._pulse = _Line(line, self.patience.answer)
         self._thread = threading.Thread(target=self._keep_watch, name="irtune-watch", daemon=True)
         self._thread.start()
 
@@ -123,11 +161,11 @@ class Watch:
 
     def _keep_watch(self) -> None:
         after = (self.rank + 1) % self.size
-        last, count, failures = b"", 0, 0
+        last, count, failures, interval = b"", 0, 0, self.patience.interval
         heard = looked = time.monotonic()
-        while not self._ended.wait(INTERVAL):
+        while not self._ended.wait(interval):
             now = time.monotonic()
-            if now - looked > 3 * INTERVAL:
+            if now - looked > 3 * interval:
                 heard = now  # this process was halted itself: the others deserve another look
             looked, count = now, count + 1
             try:
@@ -146,15 +184,15 @@ class Watch:
                 return
             if beat != last or not beat:
                 last, heard = beat, now
-            elif now - heard > self.silent:
+            elif now - heard > self.patience.silent:
                 self.report(
                     f"{self.name(after)} has given no sign for {now - heard:.0f} s ({_place(beat)}); it died, hangs, "
                     "or its machine is gone"
                 )
 
     def _give_up(self, why: str) -> None:
-        """The main thread gets `GRACE` to notice by itself; a collective on a GPU never does."""
-        if not self._ended.wait(GRACE):
+        """The main thread gets a while to notice by itself; a collective on a GPU never does."""
+        if not self._ended.wait(self.patience.grace):
             self._leave(why)
 
     def report(self, what: str) -> None:
@@ -173,14 +211,15 @@ class Watch:
         """Why a collective failed or timed out: a report, ranks without a sign of life, or where the ranks are."""
         if self._store is None:
             return "there is only this rank"
+        deadline = time.monotonic() + self.patience.explain
+        self._pulse.seconds = min(self._pulse.seconds, self.patience.explain)
         try:
             before = self._beats()
-            deadline = time.monotonic() + 2 * INTERVAL + 1
             while time.monotonic() < deadline:
                 failure = self.failure()
                 if failure is not None:
                     return failure
-                time.sleep(0.2)
+                time.sleep(min(0.2, self.patience.interval))
             now = self._beats()
         except RuntimeError:
             self._lost = True
@@ -239,8 +278,8 @@ class Watch:
         """End the thread; nothing is reported any more."""
         self._ended.set()
         if self._store is not None:
-            self._thread.join(timeout=15)
             self._pulse.close()
+            self._thread.join(timeout=15)
 
 
 def _what(beat: bytes) -> str:

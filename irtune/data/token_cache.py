@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from irtune.cache import remove_oldest
 from irtune.data.corpus import Corpus, Example
 from irtune.data.prompts import Encoder
 
@@ -88,7 +88,7 @@ class TokenCache:
             for split, items in fresh.items():
                 self._write(split, items)
             if fresh:
-                self._remove_oldest()
+                remove_oldest(self.folder.parent, ENTRIES)
         except OSError as error:
             log.info("token ids are not kept for later runs: %s: %s", self.folder.parent, error.strerror)
         with contextlib.suppress(OSError):
@@ -125,15 +125,6 @@ class TokenCache:
                 scratch.replace(self.folder / f"{split}.safetensors")
         except SafetensorError as error:  # its word for a full disk
             raise OSError(None, str(error)) from error
-
-    def _remove_oldest(self) -> None:
-        """Keep the `ENTRIES` entries that were used last."""
-        used = {}
-        for entry in self.folder.parent.iterdir():
-            with contextlib.suppress(OSError):  # another run removes them at the same time
-                used[entry] = entry.stat().st_mtime
-        for entry in sorted(used, key=used.__getitem__, reverse=True)[ENTRIES:]:
-            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _pack(items: list[dict[str, list[int]]]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from irtune.config import Config
 from irtune.errors import IrtuneError
 from irtune.memory import host_memory_bytes
 from irtune.planner.estimate import Estimate, estimate
-from irtune.planner.parts import Parts, count
+from irtune.planner.kept import kept_count
+from irtune.planner.parts import Parts
 
 log = logging.getLogger(__name__)
 MIB, GIB = 2**20, 2**30
@@ -48,7 +49,7 @@ def plan_run(
     zero = settings.get("zero_optimization", {})
 
     def planned(slope: bool) -> RunPlan:
-        parts = count(config, device=device, labels=labels, slope=slope)
+        parts = kept_count(config, device=device, labels=labels, slope=slope)
         return RunPlan(
             parts,
             estimate(

@@ -147,17 +147,17 @@ def flops(shape: ModelShape, step: Step) -> int:
 class Matrices:
     """Runs the products of steps on random numbers; every layer has its own weights, as in a model."""
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, attention: torch.dtype, device: torch.device, own: bool):
-        """`attention`: format of attention's products. own: weights for each layer (False: one set, to save memory)."""
-        self.shape, self.dtype, self.attention, self.device = shape, dtype, attention, device
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device, own: bool):
+        """`own`: weights for each layer (False: one set, to save memory)."""
+        self.shape, self.dtype, self.device = shape, dtype, device
         self.copies = shape.layers if own else 1
         self.buffers: dict[Any, torch.Tensor] = {}
 
-    def _random(self, *size: int, copy: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def _random(self, *size: int, copy: int = 0) -> torch.Tensor:
         """A matrix that is made once; weights by layer and size, activations by size."""
-        key = (copy, dtype or self.dtype, *size)
+        key = (copy, *size)
         if key not in self.buffers:
-            self.buffers[key] = torch.randn(*size, device=self.device, dtype=torch.float32).to(dtype or self.dtype)
+            self.buffers[key] = torch.randn(*size, device=self.device, dtype=torch.float32).to(self.dtype)
         return self.buffers[key]
 
     def prepared(self, step: Step) -> list[Callable[[], torch.Tensor]]:
@@ -166,8 +166,8 @@ class Matrices:
         for product in products(self.shape, step):
             if product.what == "attention":
                 seen += not product.backward and product.k == self.shape.head_size
-                left = self._random(product.batch, product.m, product.k, dtype=self.attention)
-                right = self._random(product.batch, product.k, product.n, dtype=self.attention)
+                left = self._random(product.batch, product.m, product.k)
+                right = self._random(product.batch, product.k, product.n)
                 calls.append(lambda a=left, b=right: torch.bmm(a, b))
                 continue
             left = self._random(product.m, product.k)

@@ -43,7 +43,7 @@ class Irtune:
     def __init__(self, config: Config, world: World, evaluated: int):
         self.plans = plans_for(config, world, evaluated)
         self.clock, self.turns = Clock(world.device), 0
-        self.trainer = app._build(self.plans, world, Path(config.run.output_dir))
+        self.trainer = app.build(self.plans, world, Path(config.run.output_dir))
         # Between turns nothing is evaluated or saved.
         assert hasattr(self.trainer, "_evaluate_and_save")
         self.trainer._evaluate_and_save = types.MethodType(lambda trainer: None, self.trainer)  # type: ignore

@@ -25,21 +25,30 @@ from irtune.models import load_tokenizer
 from irtune.prepare import Plans
 from irtune.runtime import World
 
-# Number formats to choose from: weights, autocast to bf16, and whether adapters are fp32 as peft makes them.
+# To choose from: format of the weights, autocast to bf16, whether adapters are fp32 as peft makes them, attention.
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16 weights, autocast": {"dtype": torch.bfloat16, "autocast": True, "fp32_adapters": True},
     "bf16 weights and adapters": {"dtype": torch.bfloat16, "autocast": False, "fp32_adapters": False},
+    "bf16 weights and adapters, eager attention": {
+        "dtype": torch.bfloat16,
+        "autocast": False,
+        "fp32_adapters": False,
+        "attention": "eager",
+    },
     "fp32 weights, autocast": {"dtype": torch.float32, "autocast": True, "fp32_adapters": True},
     "fp32": {"dtype": torch.float32, "autocast": False, "fp32_adapters": True},
 }
 
 
 def formats(plans: Plans, world: World) -> list[str]:
-    """Those that are worth a try: a model in fp32 stays so, and bf16 weights need not fit twice on a GPU."""
+    """Those that are worth a try: a model in fp32 stays so, and bf16 weights need not fit twice on a GPU, where eager
+    attention, often the fastest of short texts on a CPU, is the slowest."""
     if plans.config.model.dtype == "float32":
         return ["fp32"]
-    one_size = world.device.type == "cuda" or plans.config.model.quantization != "none"
-    return [name for name in FORMATS if name != "fp32" and not (one_size and name.startswith("fp32"))]
+    on_gpu = world.device.type == "cuda"
+    one_size = on_gpu or plans.config.model.quantization != "none"
+    left_out = {"fp32"} | {name for name in FORMATS if one_size and name.startswith("fp32")}
+    return [name for name in FORMATS if name not in left_out and not (on_gpu and "attention" in FORMATS[name])]
 
 
 class _Ticks(TrainerCallback):
@@ -79,7 +88,7 @@ def build_model(plans: Plans, world: World, form: dict[str, Any]) -> nn.Module:
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         str(Path(config.model.name_or_path).expanduser()),
         dtype=form["dtype"],
-        attn_implementation="sdpa",
+        attn_implementation=form.get("attention", "sdpa"),
         num_labels=len(plans.corpus.labels),
         ignore_mismatched_sizes=True,
         device_map={"": world.local_rank if on_gpu else "cpu"},

@@ -116,6 +116,7 @@ class Meter:
                 meter.loaded(side.model)
                 side.turn(1, 1)
                 self.peaks[name] = meter.peak
+            torch._dynamo.reset()  # what ran while tensors were counted is never compiled otherwise
 
 
 def spread(sizes: Sequence[int], count: int, offset: float, seed: int) -> list[int]:

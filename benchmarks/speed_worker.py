@@ -98,7 +98,6 @@ class Bench:
             for form, seconds in formats.items():
                 self._say(f"Trainer + peft, {form}: {seconds:.3f} s per step")
         form, evaluated, dtype = next(iter(formats), ""), self.job["evaluated"], DTYPES[config.model.dtype]
-        mixed = world.device.type == "cpu" and dtype == torch.bfloat16  # irtune.kernels
         own = config.model.quantization == "none"
         self.builders = {
             "a": lambda: Irtune(self.config("a"), world, evaluated),
@@ -106,7 +105,7 @@ class Bench:
             "c": lambda: Peft(base, world, folder / "c", form, padded=False),
             "d": lambda: Peft(base, world, folder / "d", form, padded=True),
             "e": lambda: Bare(plans_for(self.config("e"), world, evaluated), world),
-            "f": lambda: Matrices(self.shape, dtype, torch.float32 if mixed else dtype, world.device, own),
+            "f": lambda: Matrices(self.shape, dtype, world.device, own),
         }
         base.model = base.table = base.scores = None  # tokens and labels are all that the Trainer needs
         return formats

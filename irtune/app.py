@@ -76,7 +76,7 @@ def run(config: Config) -> dict[str, Any] | None:
 
 
 def _train(plans: Plans, world: World, folder: Path) -> dict[str, Any]:
-    trainer = _build(plans, world, folder)
+    trainer = build(plans, world, folder)
     try:
         trainer.run()
         results = _results(trainer, trainer.finish(folder), world)
@@ -108,7 +108,7 @@ def _quiet(world: World) -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _build(plans: Plans, world: World, folder: Path) -> Trainer:
+def build(plans: Plans, world: World, folder: Path) -> Trainer:
     """The engine and the trainer, where the run stands."""
     config, state = plans.config, plans.state
     park = config.tuning.deselected_state == "offload"

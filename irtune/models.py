@@ -26,6 +26,7 @@ from irtune.config.safety import redact
 from irtune.config.schema import ModelConfig
 from irtune.errors import ModelError
 from irtune.kernels import attention_kernel
+from irtune.norms import shorten_norms
 from irtune.zero import make_whole, sharded_loading
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,8 @@ def load_classifier(
             **_quantized_loading(config, settings, device),
         )
     quantization.settle(model)
+    if not torch.cuda.is_available():
+        shorten_norms(model)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name
     anatomy = _checked_anatomy(source, model, info)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "irtune").rglob("*.py"))
 # Floors from the ground up; a room imports only from floors below its own.
 FLOORS = [
-    {"errors", "launcher", "kernels", "logs", "pictures", "recompute", "zero"},
+    {"cache", "errors", "launcher", "kernels", "logs", "norms", "pictures", "recompute", "zero"},
     {"machine", "watch"},
     {"config", "runtime", "schedule"},
     {"quantization"},

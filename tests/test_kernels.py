@@ -4,11 +4,19 @@ import logging
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from irtune import kernels
 from irtune.config import load_config
 from irtune.errors import ConfigError
-from irtune.kernels import add_fused_kernels, attention_kernel, compile_layers
+from irtune.kernels import (
+    SHORT,
+    add_fused_kernels,
+    attention_by_products,
+    attention_kernel,
+    attention_on_cpus,
+    compile_layers,
+)
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -71,3 +79,80 @@ def test_compiled_layers_train_as_others_do_over_selections(tmp_path):
     assert none == 0 and 1 <= graphs <= 6  # one for each combination, not for each layer and selection
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(others, weights, rtol=1e-3, atol=1e-4)
+
+
+# ----- attention on CPUs -----
+
+
+class _Attention(torch.nn.Module):
+    """What a kernel asks its module for."""
+
+    is_causal = True
+
+    def __init__(self, groups):
+        super().__init__()
+        self.num_key_value_groups = groups
+
+
+def _tensors(heads, shared, length, keys, dim):
+    torch.manual_seed(0)
+    sizes = [(heads, length), (shared, keys), (shared, keys)]
+    return [torch.randn(2, number, rows, dim).bfloat16() for number, rows in sizes]
+
+
+def _mask(length, keys, kind):
+    """As transformers makes it for a batch whose first text is two tokens shorter."""
+    if kind == "none":
+        return None
+    mask = torch.ones(2, 1, length, keys, dtype=torch.bool).tril(keys - length)
+    mask[0, :, :, keys - 2 :] = False
+    return mask if kind == "bool" else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def _results(kernel, module, tensors, dtype, mask, **options):
+    """Output and gradients, in fp64."""
+    inputs = [tensor.to(dtype).detach().clone().requires_grad_() for tensor in tensors]
+    mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
+    output, _ = kernel(module, *inputs, mask, **options)
+    torch.manual_seed(1)
+    output.backward(torch.randn(output.shape, dtype=torch.float64).to(dtype))
+    return [output.detach().double(), *(tensor.grad.double() for tensor in inputs)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("heads", "shared", "length", "keys", "dim", "mask", "options"),
+    [
+        (4, 2, 9, 9, 48, "bool", {}),
+        (4, 4, 9, 9, 64, "numbers", {"scaling": 0.3}),
+        (6, 2, 7, 7, 64, "none", {}),
+        (6, 2, 7, 7, 64, "none", {"is_causal": False}),
+        (4, 2, 5, 8, 32, "bool", {}),
+    ],
+    ids=["padded", "own-scale", "causal", "both-ways", "prefix"],
+)
+def test_attention_by_products_is_attention(heads, shared, length, keys, dim, mask, options):
+    module, tensors = _Attention(heads // shared), _tensors(heads, shared, length, keys, dim)
+    made = _mask(length, keys, mask)
+    exact = _results(sdpa_attention_forward, module, tensors, torch.float64, made, **options)
+    found = _results(attention_by_products, module, tensors, torch.bfloat16, made, **options)
+    precise = _results(attention_by_products, module, tensors, torch.float64, made, **options)
+    for one, other, rounded in zip(precise, exact, found):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+        assert (rounded - other).norm() / other.norm() < 0.01  # bf16 has 8 bits: 0.002 of each of a few roundings
+
+
+@pytest.mark.quick
+def test_evaluation_long_texts_and_dropout_take_the_kernels_of_torch():
+    module, (query, key, value) = _Attention(2), _tensors(4, 2, 9, 9, 16)
+    theirs, _ = sdpa_attention_forward(module, query, key, value, None)
+    assert torch.equal(attention_on_cpus(module.eval(), query, key, value, None)[0], theirs)
+    module.train()
+    assert torch.equal(
+        attention_on_cpus(module, query, key, value, None)[0], attention_by_products(module, query, key, value, None)[0]
+    )
+    query, key, value = _tensors(2, 1, SHORT + 1, SHORT + 1, 8)
+    wide, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), None)
+    assert torch.equal(attention_on_cpus(module, query, key, value, None)[0], wide.bfloat16())
+    assert not kernels.is_short(key[:, :, :9], {"dropout": 0.1})
+    assert not kernels.is_short(key[:, :, :9], {"position_bias": torch.zeros(1)})

@@ -15,11 +15,11 @@ from transformers.masking_utils import sdpa_mask
 
 from irtune.adapters.trained import layer_list
 from irtune.errors import ConfigError, ModelError
-from irtune.kernels import CPU_ATTENTION, attention_in_fp32
+from irtune.kernels import CPU_ATTENTION, attention_on_cpus
 from irtune.models import Classifier
 from irtune.zero import runnable
 
-KERNELS: dict[str, Any] = {"sdpa": sdpa_attention_forward, CPU_ATTENTION: attention_in_fp32}
+KERNELS: dict[str, Any] = {"sdpa": sdpa_attention_forward, CPU_ATTENTION: attention_on_cpus}
 
 
 class KeysAndValues(nn.Module):

@@ -9,7 +9,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer, dora, layer
 from torch import nn
 
-from irtune.adapters.linear import AdapterLinear, compute_in_input_dtype
+from irtune.adapters.linear import AdapterLinear, add_in_product, compute_in_input_dtype
 from irtune.anatomy import linear_names
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ConfigError
@@ -106,4 +106,7 @@ def add_low_rank(
         dtype = next(p.dtype for p in classifier.model.parameters() if not p.requires_grad and p.is_floating_point())
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            add_in_product(module)
     return model

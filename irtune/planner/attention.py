@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from irtune.adapters.attention import KERNELS, with_prefix
-from irtune.kernels import CPU_ATTENTION
+from irtune.kernels import CPU_ATTENTION, attention_by_products, is_short
 
 
 class _Fused(torch.autograd.Function):
@@ -49,9 +49,11 @@ def _sdpa(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, 
     return _Fused.apply(q, k, v, mask).transpose(1, 2).contiguous(), None
 
 
-def _sdpa_in_fp32(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **_: Any) -> Any:
+def _on_cpus(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any) -> Any:
     if not module.training:
         return _sdpa(module, q, k, v, mask)
+    if is_short(k, options):
+        return attention_by_products(module, q, k, v, mask, **options)
     return _sdpa(module, q.float(), k.float(), v.float(), mask)[0].to(q.dtype), None
 
 
@@ -86,7 +88,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 _STAND_INS: dict[str, tuple[Any, Any]] = {
     "sdpa": (_sdpa, _bool_mask),
-    CPU_ATTENTION: (_sdpa_in_fp32, _bool_mask),
+    CPU_ATTENTION: (_on_cpus, _bool_mask),
     "flash_attention_2": (_flash, _no_mask),
     "eager": (_eager, _number_mask),
 }
@@ -120,5 +122,5 @@ def traceable(model: nn.Module) -> Iterator[None]:
 
 def stand_in(wanted: str, dtype: torch.dtype, device: str) -> str:
     """Name of the stand-in for `model.attn_implementation`, as a run on `device` (cuda or cpu) would choose it."""
-    in_fp32 = device == "cpu" and wanted == "sdpa" and dtype == torch.bfloat16
-    return f"planned_{CPU_ATTENTION if in_fp32 else wanted}"
+    on_cpus = device == "cpu" and wanted == "sdpa" and dtype == torch.bfloat16
+    return f"planned_{CPU_ATTENTION if on_cpus else wanted}"

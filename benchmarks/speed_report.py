@@ -19,7 +19,7 @@ from irtune.runtime import World
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate")
-PAIRS = ("a/c", "a/d", "a/b", "a/e", "a/f", "b/c", "b/d", "b/e", "e/c", "c/d")
+PAIRS = ("a/c", "a/d", "a/b", "a/e", "a/f", "a/g", "b/c", "b/d", "b/e", "b/g", "e/c", "c/d")
 NAMES = {
     "a": "irtune ir",
     "b": "irtune full",
@@ -27,6 +27,7 @@ NAMES = {
     "d": "Trainer + peft,\nall padded",
     "e": "bare loop",
     "f": "matrix products\nof a",
+    "g": "Trainer + peft,\neager attention",
 }
 SAME = ("device", "model", "adapter", "batch", "arguments", "threads", "ranks", "steps")
 

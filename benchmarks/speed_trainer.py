@@ -25,30 +25,21 @@ from irtune.models import load_tokenizer
 from irtune.prepare import Plans
 from irtune.runtime import World
 
-# To choose from: format of the weights, autocast to bf16, whether adapters are fp32 as peft makes them, attention.
+# Number formats to choose from: weights, autocast to bf16, and whether adapters are fp32 as peft makes them.
 FORMATS: dict[str, dict[str, Any]] = {
     "bf16 weights, autocast": {"dtype": torch.bfloat16, "autocast": True, "fp32_adapters": True},
     "bf16 weights and adapters": {"dtype": torch.bfloat16, "autocast": False, "fp32_adapters": False},
-    "bf16 weights and adapters, eager attention": {
-        "dtype": torch.bfloat16,
-        "autocast": False,
-        "fp32_adapters": False,
-        "attention": "eager",
-    },
     "fp32 weights, autocast": {"dtype": torch.float32, "autocast": True, "fp32_adapters": True},
     "fp32": {"dtype": torch.float32, "autocast": False, "fp32_adapters": True},
 }
 
 
 def formats(plans: Plans, world: World) -> list[str]:
-    """Those that are worth a try: a model in fp32 stays so, and bf16 weights need not fit twice on a GPU, where eager
-    attention, often the fastest of short texts on a CPU, is the slowest."""
+    """Those that are worth a try: a model in fp32 stays so, and bf16 weights need not fit twice on a GPU."""
     if plans.config.model.dtype == "float32":
         return ["fp32"]
-    on_gpu = world.device.type == "cuda"
-    one_size = on_gpu or plans.config.model.quantization != "none"
-    left_out = {"fp32"} | {name for name in FORMATS if one_size and name.startswith("fp32")}
-    return [name for name in FORMATS if name not in left_out and not (on_gpu and "attention" in FORMATS[name])]
+    one_size = world.device.type == "cuda" or plans.config.model.quantization != "none"
+    return [name for name in FORMATS if name != "fp32" and not (one_size and name.startswith("fp32"))]
 
 
 class _Ticks(TrainerCallback):
@@ -73,7 +64,7 @@ class _Chosen(Trainer):
         return list(super()._get_train_sampler())  # type: ignore[arg-type]
 
 
-def build_model(plans: Plans, world: World, form: dict[str, Any]) -> nn.Module:
+def build_model(plans: Plans, world: World, form: dict[str, Any], attention: str) -> nn.Module:
     """A classifier with peft's LoRA in all layers, as its documentation has it."""
     config, on_gpu = plans.config, world.device.type == "cuda"
     options: dict[str, Any] = {}
@@ -88,7 +79,7 @@ def build_model(plans: Plans, world: World, form: dict[str, Any]) -> nn.Module:
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         str(Path(config.model.name_or_path).expanduser()),
         dtype=form["dtype"],
-        attn_implementation=form.get("attention", "sdpa"),
+        attn_implementation=attention,
         num_labels=len(plans.corpus.labels),
         ignore_mismatched_sizes=True,
         device_map={"": world.local_rank if on_gpu else "cpu"},
@@ -108,15 +99,17 @@ def build_model(plans: Plans, world: World, form: dict[str, Any]) -> nn.Module:
 
 
 class Peft:
-    """transformers Trainer + peft; `padded`: every example to data.max_length, in random order."""
+    """transformers Trainer + peft; `padded`: every example to data.max_length, in random order. sdpa is its default."""
 
-    def __init__(self, plans: Plans, world: World, folder: Path, form: str, *, padded: bool):
+    def __init__(
+        self, plans: Plans, world: World, folder: Path, form: str, *, padded: bool = False, attention: str = "sdpa"
+    ):
         config, self.world, self.turns = plans.config, world, 0
         self.clock = Clock(world.device)
         self.lengths = [len(item["input_ids"]) for item in plans.encoded["train"]]
         self.width = config.data.max_length if padded else None
         runtime.seed_everything(config.run.seed, deterministic=False)
-        model = build_model(plans, world, FORMATS[form])
+        model = build_model(plans, world, FORMATS[form], attention)
         optim, on_gpu = config.optim, world.device.type == "cuda"
         tokenizer = load_tokenizer(config.model)
         hidden = without_launcher(world)
@@ -209,7 +202,7 @@ def fastest_format(plans: Plans, world: World, folder: Path, steps: int) -> dict
     """Seconds per step of each number format, the fastest first; all on the same batches."""
     seconds = {}
     for form in formats(plans, world):
-        side = Peft(plans, world, folder, form, padded=False)
+        side = Peft(plans, world, folder, form)
         turn = side.turn(1, steps)
         mine = torch.tensor([sum(turn.seconds) / steps], device=world.device)
         seconds[form] = float(max(runtime.all_gather(mine)))

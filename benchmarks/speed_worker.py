@@ -93,7 +93,7 @@ class Bench:
         """The builders of all sides; returns seconds per step of the Trainer's number formats."""
         sides, folder, world = self.job["sides"], Path(self.job["folder"]), self.world
         formats: dict[str, float] = {}
-        if set("cd") & set(sides):
+        if set("cdg") & set(sides):
             formats = fastest_format(base, world, folder / "formats", 2 if self.job["quick"] else 4)
             for form, seconds in formats.items():
                 self._say(f"Trainer + peft, {form}: {seconds:.3f} s per step")
@@ -102,9 +102,10 @@ class Bench:
         self.builders = {
             "a": lambda: Irtune(self.config("a"), world, evaluated),
             "b": lambda: Irtune(self.config("b"), world, evaluated),
-            "c": lambda: Peft(base, world, folder / "c", form, padded=False),
+            "c": lambda: Peft(base, world, folder / "c", form),
             "d": lambda: Peft(base, world, folder / "d", form, padded=True),
             "e": lambda: Bare(plans_for(self.config("e"), world, evaluated), world),
+            "g": lambda: Peft(base, world, folder / "g", form, attention="eager"),
             "f": lambda: Matrices(self.shape, dtype, world.device, own),
         }
         base.model = base.table = base.scores = None  # tokens and labels are all that the Trainer needs

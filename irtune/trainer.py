@@ -84,6 +84,8 @@ class Trainer:
     def _run(self) -> None:
         started = self._mark = time.perf_counter()
         before = self.progress.seconds
+        # Once, and after each evaluation: to tell some thousand modules takes a hundredth of a step.
+        self.engine.module.train()
         if self.progress.step == 0:
             runtime.doing("first selection")
             self.layers.first(self._micro_batches(0))
@@ -129,7 +131,6 @@ class Trainer:
         """One global batch: this rank's micro-batches, then the update. Returns the micro-batches."""
         step = self.progress.step
         rate = self._learning_rate(step)
-        self.engine.module.train()
         total = torch.zeros((), device=self.device)
         batches = []
         runtime.doing(f"batch of step {step + 1}")

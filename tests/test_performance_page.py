@@ -13,7 +13,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["speed-cpu"])
+@pytest.mark.parametrize("name", ["speed-cpu", "speed-cpu-2-ranks"])
 def test_the_tables_are_those_of_the_files(name):
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     assert speed_report.table(result).strip() in PAGE

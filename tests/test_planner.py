@@ -352,6 +352,7 @@ def test_a_run_that_cannot_fit_is_told_so_with_what_to_change(llama):
 @pytest.mark.quick
 def test_a_model_that_cannot_be_planned_is_no_reason_not_to_run(llama, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("IRTUNE_CACHE", str(tmp_path))  # where nothing was counted before
+
     def needs_values(*_, **__):
         return bool(torch.ones(1, device="meta"))
 

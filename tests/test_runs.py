@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from irtune.engine import Engine
 from tests.ranks import run_ranks
 from tests.runs import launch, losses, records, selections, train
 from tests.tiny import tiny_config
@@ -172,6 +173,26 @@ def test_method_full_is_plain_deepspeed_with_lora(llama, corpus, tmp_path):
     folder = launch(config, 2)
     assert losses(folder) == pytest.approx(run_ranks(plain_deepspeed, 2, config, config.optim.lr)[0], rel=1e-6)
     assert selections(folder) == [[0, 1, 2, 3, 4, 5]]
+
+
+def training_modes(config):
+    """The error of a run, and for each micro-batch whether all modules were in training mode."""
+    seen = []
+    original = Engine.forward_backward
+
+    def forward_backward(self, batch):
+        seen.append(all(module.training for module in self.module.modules()))
+        return original(self, batch)
+
+    Engine.forward_backward = forward_backward
+    return train(config), seen
+
+
+@pytest.mark.parametrize("method", ["full", "ir"])
+def test_every_step_is_made_in_training_mode(llama, corpus, tmp_path, method):
+    options = {"tuning__method": method, "optim__max_steps": 4, "run__eval_every": 2, "run__save_every": 2}
+    config = tiny_config(llama, corpus, tmp_path / "run", **options)
+    assert run_ranks(training_modes, 1, config) == [(None, [True] * 4)]  # from_pretrained gives a model to evaluate
 
 
 def test_checkpointing_changes_memory_and_nothing_else(llama, corpus, base, tmp_path):

@@ -191,7 +191,7 @@ def picture(result: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     sides = result["sides"]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.4 * len(sides)), 4.5), dpi=120)
     for place, (letter, side) in enumerate(sides.items()):
         rates = [entry["examples_per_second"] for entry in side["rounds"]]
         middle = side["examples_per_second"]

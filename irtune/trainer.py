@@ -84,7 +84,7 @@ class Trainer:
     def _run(self) -> None:
         started = self._mark = time.perf_counter()
         before = self.progress.seconds
-        # Once, and after each evaluation: to tell some thousand modules takes a hundredth of a step.
+        # Once, and after each evaluation: there are some thousand modules to tell.
         self.engine.module.train()
         if self.progress.step == 0:
             runtime.doing("first selection")

@@ -60,7 +60,8 @@ def attention_by_products(
     """softmax(q k^T * scaling + mask) v as two batched bf16 products, heads that share keys in one.
 
     For short texts on CPUs those are faster, forward and backward, than the fp32 flash kernel, and keep fewer bytes,
-    since keys and values are neither repeated nor widened. Scores are rounded to bf16, as in transformers' own eager attention.
+    since keys and values are neither repeated nor widened. Scores are rounded to bf16, as in transformers' own eager
+    attention.
 
     Args:
         module: the attention, asked for `is_causal` where the argument is None.

@@ -28,7 +28,7 @@ from irtune.errors import DistributedError
 from irtune.losses import Loss, cross_entropy
 from irtune.optimizer_state import MOMENTS, Layout, Parking, StepState, recut
 from irtune.recompute import Recompute
-from irtune.zero import SkippingAdamW, check_version, join_deepspeed, rebuilding
+from irtune.zero import SkippingAdamW, check_version, join_deepspeed, rebuilding, sum_norms_at_once
 
 HEAD = "head"
 Key = int | str
@@ -75,7 +75,6 @@ class Engine:
         self.recompute = Recompute(
             [] if shared else table.modules, reentrant=self.stage == 3, always=recompute, frozen=table.frozen
         )
-        self.offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
         # Of lower-precision parameters ZeRO keeps fp32 masters, which alone remember what rounding takes away.
         self.keeps_master = table.head[0][1].dtype != torch.float32
         table.set_trainable([])
@@ -84,6 +83,7 @@ class Engine:
         gc.collect()
         gc.freeze()  # ZeRO 3 runs the collector at every rebuild: spare it the model's objects
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=self._new_adamw([]), config=settings)
+        sum_norms_at_once(self.ds.optimizer)
         self.parked: Parking[Key] = Parking(self.device)
         self._import_state({})
 
@@ -192,6 +192,7 @@ class Engine:
             self.recompute.set_trained(selected, self.table.lowest(selected))
             self.selected = list(selected)
             self.ds._configure_optimizer(adamw, None)
+        sum_norms_at_once(self.ds.optimizer)
         if hasattr(self.ds.optimizer, "register_grad_acc_post_hook"):
             self.ds.optimizer.register_grad_acc_post_hook(self.ds._backward_post_hook)
         for name in ("loss_scaler", "loss_scale_config"):  # fp16: the scale that was found goes on
@@ -206,7 +207,6 @@ class Engine:
             {"params": [parameter for _, parameter in named], "layer": key}
             for key, named in [*layers, (HEAD, self.table.head)]
         ]
-        on_gpu = self.table.head[0][1].is_cuda and not self.offloaded
         first, second = self.optim.betas
         return SkippingAdamW(
             groups,
@@ -214,7 +214,7 @@ class Engine:
             betas=(first, second),
             eps=self.optim.eps,
             weight_decay=self.optim.weight_decay,
-            fused=on_gpu or None,
+            fused=True,
         )
 
     def _release(self, old: Any, dropped: list[int]) -> None:
@@ -249,8 +249,7 @@ class Engine:
                 yield group["layer"], list(group["params"])
 
     def _set_state(self, tensor: torch.Tensor, state: StepState) -> None:
-        fused = self._adamw.defaults["fused"]
-        step = torch.tensor(state.step, dtype=torch.float32, device=tensor.device if fused else "cpu")
+        step = torch.tensor(state.step, dtype=torch.float32, device=tensor.device)
         moments = {name: state.tensors[name].to(tensor.device) for name in MOMENTS}
         self._adamw.state[tensor] = {"step": step} | moments
         if "master" in state.tensors:

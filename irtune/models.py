@@ -25,8 +25,7 @@ from irtune.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.config.safety import redact
 from irtune.config.schema import ModelConfig
 from irtune.errors import ModelError
-from irtune.kernels import attention_kernel
-from irtune.norms import shorten_norms
+from irtune.kernels import attention_kernel, shorten_on_cpus
 from irtune.zero import make_whole, sharded_loading
 
 log = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ def load_classifier(
         )
     quantization.settle(model)
     if not torch.cuda.is_available():
-        shorten_norms(model)
+        shorten_on_cpus(model, compiled=config.compile)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name
     anatomy = _checked_anatomy(source, model, info)

@@ -16,6 +16,7 @@ from deepspeed.ops import __compatible_ops__
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import nvtx
 from pydantic import ValidationError
 from torch import nn
@@ -90,6 +91,27 @@ def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
                 for name in ("all_gather", "partition"):
                     _replace(undo, parameter, name, lambda *_, **__: None)
         yield
+
+
+def sum_norms_at_once(optimizer: Any) -> None:
+    """Let ZeRO 1 and 2 find the norm of all gradients with one all-reduce of one number, in place.
+
+    DeepSpeed takes one for each parameter group, of which irtune has one per layer, and five times as long on the way.
+    An optimizer of another kind, or one whose gradients lie in host memory, stays as it is.
+    """
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
+        return
+
+    @torch.no_grad()
+    def scaled_global_norm(norm_type: float = 2) -> torch.Tensor:
+        """L2 norm over all ranks, fp32; infinite where a gradient is not finite."""
+        gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        total = torch.stack(norms).square().sum()  # padding is zero
+        torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
+        return torch.where(total.isfinite(), total.sqrt(), torch.inf)
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 def _replace(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:

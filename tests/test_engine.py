@@ -2,6 +2,7 @@
 
 import gc
 import resource
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -75,6 +76,40 @@ def test_other_architectures(gpt2, bert):
     for case, reports in zip(cases, run_cases(freeze_and_thaw, 2, cases)):
         for report in reports:
             assert [moved for moved, *_ in report] == SELECTIONS, case
+
+
+def _norms(model, stage):
+    """Norms of two steps: irtune's with its all-reduces, and DeepSpeed's own; then with a gradient that is NaN."""
+    rig = Rig(model, stage)
+    rig.engine.reselect([1, 4])
+    optimizer = rig.engine.ds.optimizer
+    ours, seen = optimizer.scaled_global_norm, []
+
+    def compare():
+        with pytest.MonkeyPatch.context() as patch:
+            counted = Mock(wraps=torch.distributed.all_reduce)
+            patch.setattr(torch.distributed, "all_reduce", counted)
+            found = ours()
+        theirs = type(optimizer).scaled_global_norm(optimizer)
+        seen.append((float(found), float(theirs), counted.call_count, counted.call_args.args[0].numel()))
+        return found
+
+    optimizer.scaled_global_norm = compare
+    rig.train(2)
+    if rig.world.rank == 1:
+        rig.table.head[0][1].register_hook(lambda gradient: gradient * float("nan"))
+    rig.train(1)
+    rig.close()
+    return seen
+
+
+def test_the_norm_is_deepspeeds_in_one_all_reduce(llama):
+    for reports in run_cases(_norms, 2, [(llama, 1), (llama, 2)]):
+        assert reports[0] == reports[1]
+        for found, theirs, calls, numbers in reports[0][:2]:
+            assert found == pytest.approx(theirs, rel=1e-6) and found > 0
+            assert (calls, numbers) == (1, 1)
+        assert reports[0][2][0] == reports[0][2][1] == float("inf")
 
 
 def test_cpu_offload(llama):

@@ -9,14 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from irtune import kernels
 from irtune.config import load_config
 from irtune.errors import ConfigError
-from irtune.kernels import (
-    SHORT,
-    add_fused_kernels,
-    attention_by_products,
-    attention_kernel,
-    attention_on_cpus,
-    compile_layers,
-)
+from irtune.kernels import add_fused_kernels, attention_kernel, compile_layers
+from irtune.kernels.attention import SHORT, attention_by_products, attention_on_cpus, is_short
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -154,5 +148,5 @@ def test_evaluation_long_texts_and_dropout_take_the_kernels_of_torch():
     query, key, value = _tensors(2, 1, SHORT + 1, SHORT + 1, 8)
     wide, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), None)
     assert torch.equal(attention_on_cpus(module, query, key, value, None)[0], wide.bfloat16())
-    assert not kernels.is_short(key[:, :, :9], {"dropout": 0.1})
-    assert not kernels.is_short(key[:, :, :9], {"position_bias": torch.zeros(1)})
+    assert not is_short(key[:, :, :9], {"dropout": 0.1})
+    assert not is_short(key[:, :, :9], {"position_bias": torch.zeros(1)})

@@ -8,7 +8,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from irtune.norms import _RMSNorm, shorten_norms
+from irtune.kernels.norms import _RMSNorm, shorten_norms
 
 pytestmark = pytest.mark.quick
 

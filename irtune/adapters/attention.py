@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from irtune.adapters.trained import layer_list
 from irtune.errors import ConfigError, ModelError
-from irtune.kernels import CPU_ATTENTION, attention_on_cpus
+from irtune.kernels.attention import CPU_ATTENTION, attention_on_cpus
 from irtune.models import Classifier
 from irtune.zero import runnable
 

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from irtune.adapters.attention import KERNELS, with_prefix
-from irtune.kernels import CPU_ATTENTION, attention_by_products, is_short
+from irtune.kernels.attention import CPU_ATTENTION, attention_by_products, is_short
 
 
 class _Fused(torch.autograd.Function):

@@ -12,8 +12,8 @@ from irtune.adapters import LayerTable, add_adapters
 from irtune.anatomy import is_linear
 from irtune.config import Config
 from irtune.errors import ConfigError
+from irtune.kernels import shorten_on_cpus
 from irtune.models import DTYPES, Classifier
-from irtune.norms import shorten_norms
 from irtune.planner.attention import stand_in, traceable
 from irtune.planner.labels import planned_labels, planned_tokenizer
 from irtune.planner.step import Step, evaluation_bytes, training_step
@@ -90,7 +90,7 @@ def count(
     attention = stand_in(wanted, DTYPES[config.model.dtype], device)
     model, anatomy = empty_classifier(config.model, names, attention)
     if device == "cpu":
-        shorten_norms(model)
+        shorten_on_cpus(model, compiled=config.model.compile)
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
     tokenizer, unknown = planned_tokenizer(config, names)

@@ -15,16 +15,16 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [..., hidden] -> the same shape and dtype, computed in fp32 in the order of transformers' norms."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        wide = x.to(torch.float32, copy=True)  # written over below
+        scale = wide.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return weight * (wide * scale).to(x.dtype)
+        return wide.mul_(scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         """With s = 1 / rms(x) and h = w * gradient: s h - x s^3 (h . x) / hidden."""
         x, weight, scale = ctx.saved_tensors
-        wide, result = x.float(), (gradient * weight).float()
+        wide, result = x.float(), gradient.float() * weight.float()
         along = torch.linalg.vecdot(result, wide).unsqueeze(-1) * scale.pow(3) / -x.shape[-1]
         return result.mul_(scale).addcmul_(wide, along).to(x.dtype), None, None
 

@@ -168,14 +168,15 @@ def _announce(trainer: Trainer, world: World) -> None:
     config, table = trainer.config, trainer.engine.table
     optim = config.optim
     layer = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in table.layers[0])
+    size = f"{optim.micro_batch_tokens} tokens" if optim.micro_batch_tokens else f"{optim.micro_batch_size} examples"
     sizes = ", ".join(f"{split} {len(examples)}" for split, examples in trainer.corpus.splits.items())
     trainer.tracker.say(
         f"irtune {__version__}: {config.tuning.method} on {config.model.name_or_path} ({table.num_layers} layers, "
         f"{layer:,} adapter parameters each), {world.size} rank(s) on {world.device.type}, "
         f"ZeRO {trainer.engine.stage}\n"
         f"corpus: {sizes} examples, {len(trainer.corpus.labels)} labels ({', '.join(trainer.corpus.labels)})\n"
-        f"batch: {optim.micro_batch_size} examples x {optim.gradient_accumulation_steps} accumulation x {world.size} "
-        f"ranks = {trainer.plan.micro_batch_size * trainer.plan.micro_batches} per step, "
+        f"batch: {size} x {optim.gradient_accumulation_steps} accumulation x {world.size} ranks = "
+        f"{trainer.plan.examples_per_step:.4g} examples per step, "
         f"{trainer.max_steps} steps ({trainer.plan.steps_per_epoch} per epoch)"
     )
 
@@ -191,8 +192,8 @@ def _results(trainer: Trainer, metrics: dict[str, Any], world: World) -> dict[st
         "steps": progress.step,
         "best_step": progress.best_step,
         "wall_seconds": progress.seconds,
-        "examples_per_second": progress.step * trainer.plan.micro_batch_size * trainer.plan.micro_batches
-        / max(progress.seconds, 1e-9),
+        "examples_per_second": trainer.plan.examples(progress.step) / max(progress.seconds, 1e-9),
+        "examples_per_step": trainer.plan.examples_per_step,
         "world_size": world.size,
         "zero_stage": engine.stage,
         "num_layers": trainer.num_layers,

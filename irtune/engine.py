@@ -112,9 +112,13 @@ class Engine:
     def _loss_scale(self) -> float:
         return float(getattr(self.ds.optimizer, "loss_scale", 1.0)) if self.ds.fp16_enabled() else 1.0
 
-    def forward_backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """One micro-batch forward and backward; returns its mean loss, detached, fp32 on the device."""
-        loss = self._loss(self.ds, batch)
+    def forward_backward(self, batch: dict[str, torch.Tensor], weight: float = 1.0) -> torch.Tensor:
+        """One micro-batch forward and backward; returns `weight` x its mean loss, detached, fp32 on the device.
+
+        weight: examples of the micro-batch / those of the step's micro-batches on average, 1 where all have as many.
+            Gradients, which are averaged over micro-batches, then are those of the mean over the step's examples.
+        """
+        loss = self._loss(self.ds, batch) * weight
         # A loss that is not finite may still have finite gradients. NaN in all of them is seen by every rank and stage.
         self.ds.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         return loss.detach().float()

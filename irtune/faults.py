@@ -33,13 +33,9 @@ def as_user_error(error: Exception, config: Config, stage: int) -> IrtuneError |
 
 
 def _out_of_memory(config: Config, stage: int, text: str) -> str:
-    optim, model = config.optim, config.model
-    smaller = max(1, optim.micro_batch_size // 2)
-    accumulation = optim.gradient_accumulation_steps * optim.micro_batch_size // smaller
+    model = config.model
     advice = [
-        f"optim.micro_batch_size {smaller} with optim.gradient_accumulation_steps {accumulation}"
-        if optim.micro_batch_size > 1
-        else f"data.max_length below {config.data.max_length}",
+        _smaller_batch(config),
         "" if model.gradient_checkpointing else "model.gradient_checkpointing true",
         "model.quantization nf4" if model.quantization == "none" and stage < 3 else "",
         f"a higher ZeRO stage than {stage} (deepspeed)" if stage < 3 else "a DeepSpeed file with offload",
@@ -49,6 +45,19 @@ def _out_of_memory(config: Config, stage: int, text: str) -> str:
         f"{_here()}: out of memory under ZeRO {stage}. Try {', or '.join(filter(None, advice))}; "
         f"python -m irtune plan says what fits ({_first_line(text)})"
     )
+
+
+def _smaller_batch(config: Config) -> str:
+    """Advice for half of the micro-batch and as large a global batch."""
+    optim, longest = config.optim, config.data.max_length
+    tokens, steps = optim.micro_batch_tokens, optim.gradient_accumulation_steps
+    if tokens is not None and tokens >= 2 * longest:
+        return f"optim.micro_batch_tokens {tokens // 2} with optim.gradient_accumulation_steps {2 * steps}"
+    if tokens is None and optim.micro_batch_size > 1:
+        smaller = optim.micro_batch_size // 2
+        steps = steps * optim.micro_batch_size // smaller
+        return f"optim.micro_batch_size {smaller} with optim.gradient_accumulation_steps {steps}"
+    return f"data.max_length below {longest}"
 
 
 def _here() -> str:

@@ -40,11 +40,14 @@ class LayerChoice:
         """Whether layers are chosen after optimizer step `step`; not after the last, when nothing would train them."""
         return self.chooser.is_due(step) and step < self.max_steps
 
-    def scoring(self, batch: Batch, step: int) -> contextlib.AbstractContextManager:
-        """Around the forward and backward pass of a micro-batch of `step`: gathers scores where the step needs them."""
+    def scoring(self, batch: Batch, step: int, weight: float = 1.0) -> contextlib.AbstractContextManager:
+        """Around the forward and backward pass of a micro-batch of `step`: gathers scores where the step needs them.
+
+        Scores are of gradients of the micro-batch's mean loss, whatever its `weight` in the step's.
+        """
         if not (self.chooser.needs_scores and self.is_due(step)):
             return contextlib.nullcontext()
-        return self._scored(batch, self.engine.gradient_factor, all_layers=self.tuning.scores == "fresh")
+        return self._scored(batch, self.engine.gradient_factor / weight, all_layers=self.tuning.scores == "fresh")
 
     @contextlib.contextmanager
     def _scored(self, batch: Batch, factor: float, *, all_layers: bool):

@@ -24,7 +24,7 @@ from irtune.checkpoint import (
 from irtune.config import Config, write_config
 from irtune.config.batch import for_ranks
 from irtune.config.engine_json import read_engine_json
-from irtune.data import BatchPlan, Corpus, Encoder, TokenCache, corpus_digest, read_corpus
+from irtune.data import BatchPlan, Corpus, Encoder, TokenCache, corpus_digest, plan_batches, read_corpus
 from irtune.errors import CheckpointError, ConfigError
 from irtune.importance import LayerScores
 from irtune.memory import device_memory_bytes
@@ -119,9 +119,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     with runtime.shared_errors():
         encoded = encoded or cache.load_or_encode(corpus)
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
-        plan = BatchPlan(
-            lengths, config.optim.micro_batch_size, micro_batches, config.run.seed, config.data.length_bucket
-        )
+        plan = plan_batches(lengths, config, micro_batches)
         max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
         score = config.tuning.score
         projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None

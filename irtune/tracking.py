@@ -208,7 +208,7 @@ def _choices(config: Config, results: dict[str, Any]) -> dict[str, str | float]:
         "r": config.adapter.r,
         "lr": optim.lr,
         "loss": optim.loss,
-        "batch": optim.micro_batch_size * optim.gradient_accumulation_steps * results["world_size"],
+        "batch": results["examples_per_step"],
         "steps": results["steps"],
         "seed": config.run.seed,
         "zero_stage": results["zero_stage"],

@@ -11,6 +11,7 @@ import torch
 from irtune import runtime
 from irtune.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, versions, writing
 from irtune.config import Config
+from irtune.config.batch import rows_at_once
 from irtune.data import BatchPlan, Corpus, collate
 from irtune.diagnosis import find_origin
 from irtune.engine import Engine
@@ -55,7 +56,7 @@ class Trainer:
         self.progress, self.identity, self.pretrained = progress, identity, pretrained
         self.eval_every = config.run.eval_every or plan.steps_per_epoch
         self.num_layers = engine.table.num_layers
-        self.evaluation_batch = EVALUATION_BATCH * config.optim.micro_batch_size
+        self.evaluation_batch = EVALUATION_BATCH * rows_at_once(config)
         self.layers = LayerChoice(
             config.tuning,
             engine=engine,
@@ -133,12 +134,14 @@ class Trainer:
         rate = self._learning_rate(step)
         total = torch.zeros((), device=self.device)
         batches = []
+        per_batch = sum(map(len, self.plan.step(step))) / self.plan.micro_batches  # examples of all ranks, on average
         runtime.doing(f"batch of step {step + 1}")
         for batch in self._micro_batches(step):
             examples, tokens = batch["input_ids"].shape
             runtime.doing(f"gradients of step {step + 1}, a micro-batch of {examples} x {tokens} tokens")
-            with self.layers.scoring(batch, step + 1):
-                total += self.engine.forward_backward(batch)
+            weight = examples / per_batch
+            with self.layers.scoring(batch, step + 1, weight):
+                total += self.engine.forward_backward(batch, weight)
             batches.append(batch)
             runtime.doing(f"update of step {step + 1}")
             self.engine.step(rate)

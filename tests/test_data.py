@@ -1,6 +1,7 @@
 """Corpora, prompts and batches."""
 
 import json
+import random
 from pathlib import Path
 
 import openpyxl
@@ -302,6 +303,41 @@ def test_batches_are_bucketed_by_length():
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     real = sum(lengths[i] for batch in batches for i in batch)
     assert real / padded > 0.95  # random batches of 8 fill about .57
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=4, max_size=200), st.integers(60, 300), st.integers(1, 4), st.integers(0, 5)
+)
+def test_micro_batches_by_tokens_keep_to_them_and_show_each_example_once(lengths, tokens, micro_batches, seed):
+    plan = BatchPlan(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
+    steps = [plan.step(step) for step in range(2 * plan.steps_per_epoch + 3)]
+    assert all(len(step) == micro_batches and all(step) for step in steps)
+    for batch in (batch for step in steps for batch in step):
+        assert max(lengths[i] for i in batch) * len(batch) <= tokens
+    first = [i for step in steps[: plan.steps_per_epoch] for batch in step for i in batch]
+    assert len(first) == len(set(first)) == plan.examples(plan.steps_per_epoch)
+    again = BatchPlan(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
+    order = random.Random(seed).sample(range(len(steps)), len(steps))  # as after a resumption, in any order
+    assert [again.step(step) for step in order] == [steps[step] for step in order]
+
+
+def test_micro_batches_by_tokens_are_equal_work():
+    lengths = [(i * 37) % 200 + 1 for i in range(2000)]
+    plan = BatchPlan(lengths, 8, micro_batches=4, seed=0, tokens=2048)
+    batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.step(step)]
+    padded = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
+    assert sorted(padded)[1] > 0.85 * 2048  # but for the last one; with 8 examples each: from 8 to 1,600
+    assert sum(lengths[i] for batch in batches for i in batch) / sum(padded) > 0.95
+    assert sum(map(len, batches)) > 0.97 * len(lengths)
+    assert plan.examples_per_step == pytest.approx(4 * 2048 / 100, rel=0.1)
+    assert max(map(len, batches)) > 100 and min(map(len, batches)) < 12
+
+
+def test_few_examples_still_make_a_micro_batch_for_each_rank():
+    plan = BatchPlan([5] * 6, 8, micro_batches=4, seed=0, tokens=64)
+    assert [len(plan.step(step)) for step in range(3)] == [4, 4, 4] and plan.steps_per_epoch == 1
+    with pytest.raises(ConfigError, match="4 micro-batches per step are more than the 3 examples"):
+        BatchPlan([5] * 3, 8, micro_batches=4, seed=0, tokens=64)
 
 
 def test_a_batch_larger_than_the_corpus_is_refused():

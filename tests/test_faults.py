@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 
-from irtune import runtime
+from irtune import faults, runtime
 from irtune.app import run
 from irtune.checkpoint import TRAINABLE, read_tensors
 from irtune.cli import train as command_line
+from irtune.config import Config, OptimConfig
 from irtune.errors import StoppedError
 from irtune.losses import cross_entropy
 from irtune.trainer import Trainer
@@ -244,6 +245,23 @@ def dawdle():
 
 def no_memory():
     torch.empty(2**50)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("optim", "wanted"),
+    [
+        ({"micro_batch_size": 8}, "Try optim.micro_batch_size 4 with optim.gradient_accumulation_steps 2, or"),
+        ({"micro_batch_size": 1}, "Try data.max_length below 256, or"),
+        (
+            {"micro_batch_tokens": 2048},
+            "Try optim.micro_batch_tokens 1024 with optim.gradient_accumulation_steps 2, or",
+        ),
+        ({"micro_batch_tokens": 300}, "Try data.max_length below 256, or"),
+    ],
+)
+def test_short_memory_comes_with_a_smaller_batch(optim, wanted):
+    assert wanted in str(faults.as_user_error(MemoryError("no room"), Config(optim=OptimConfig(**optim)), 2))
 
 
 @pytest.mark.parametrize(

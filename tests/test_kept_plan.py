@@ -48,6 +48,7 @@ def test_what_was_counted_is_not_counted_again(config, counts, tmp_path):
         ("adapter", {"r": 3}),
         ("tuning", {"max_fraction": 0.2}),
         ("optim", {"micro_batch_size": 7}),
+        ("optim", {"micro_batch_tokens": 5 * 256}),
         ("data", {"max_length": 33}),
     ],
 )

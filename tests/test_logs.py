@@ -65,11 +65,11 @@ def fails_on_rank_one(config):
     with pytest.MonkeyPatch.context() as patch:
         forward, calls = Engine.forward_backward, []
 
-        def broken(self, batch):
+        def broken(self, batch, weight):
             calls.append(1)
             if len(calls) == 3 and self.ds.global_rank == 1:
                 raise DataError("a bad example on this rank alone")
-            return forward(self, batch)
+            return forward(self, batch, weight)
 
         patch.setattr(Engine, "forward_backward", broken)
         return train(config)

@@ -198,8 +198,8 @@ def test_with_a_node_less_the_run_goes_on_with_the_same_batch(pair, rank, undist
     assert job.ended(processes[:1]) == [0], job.said(0)
     said = job.said(0)
     assert "on node 1 (nodeB)" in said and "resumed from" in said
-    assert "4 examples x 1 accumulation x 4 ranks = 16 per step" in said
-    assert "4 examples x 2 accumulation x 2 ranks = 16 per step" in said
+    assert "4 examples x 1 accumulation x 4 ranks = 16 examples per step" in said
+    assert "4 examples x 2 accumulation x 2 ranks = 16 examples per step" in said
     assert json.loads((job.output / "results.json").read_text())["world_size"] == 2
     assert selections(job.output) == selections(undisturbed)
     pairs = list(zip(losses(job.output), losses(undisturbed)))

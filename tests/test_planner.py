@@ -345,6 +345,12 @@ def test_a_run_that_cannot_fit_is_told_so_with_what_to_change(llama):
     assert 1000 < largest < 100_000
     config.optim.micro_batch_size = largest
     assert shortage(plan_run(config, ZERO_2, 1, 8 * 2**30)) is None
+    config.optim.micro_batch_tokens = 100_000 * config.data.max_length
+    by_tokens = shortage(plan_run(config, ZERO_2, 1, 8 * 2**30))
+    assert f"optim.micro_batch_tokens {largest * config.data.max_length} with more" in by_tokens
+    config.optim.micro_batch_tokens = largest * config.data.max_length
+    assert shortage(plan_run(config, ZERO_2, 1, 8 * 2**30)) is None
+    config.optim.micro_batch_tokens = None
     hopeless = shortage(plan_run(config, ZERO_2, 1, 2**20))
     assert "optim.micro_batch_size" not in hopeless and "model.quantization nf4" in hopeless
 

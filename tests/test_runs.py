@@ -14,7 +14,7 @@ import yaml
 from irtune.engine import Engine
 from tests.ranks import run_ranks
 from tests.runs import launch, losses, records, selections, train
-from tests.tiny import tiny_config
+from tests.tiny import Rig, tiny_config
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (4, 1)])
@@ -23,6 +23,47 @@ def test_any_split_over_ranks_and_accumulation_is_the_same_run(llama, corpus, ba
     folder = launch(config, world)
     assert selections(folder) == selections(base)
     assert losses(folder) == pytest.approx(losses(base), rel=1e-5)
+
+
+def _gradients(model, sizes):
+    """Of the mean loss over eight examples in micro-batches of `sizes`, averaged over them, and the mean itself."""
+    rig = Rig(model, 0, accumulation=len(sizes))
+    rig.engine.reselect([0, 3])
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(4, 60, (8, 9), generator=generator), torch.randint(0, 3, (8,), generator=generator)
+    first, loss = 0, 0.0
+    for size in sizes:
+        part = slice(first, first + size)
+        batch = {"input_ids": ids[part], "attention_mask": torch.ones_like(ids[part]), "labels": labels[part]}
+        loss += float(rig.engine.forward_backward(batch, size * len(sizes) / 8)) / len(sizes)
+        first += size
+        if first < 8:
+            rig.engine.step(0.0)
+    trained = [parameter for layer in (0, 3) for _, parameter in rig.table.layers[layer]]
+    gradients = [parameter.grad.flatten().tolist() for parameter in trained]
+    rig.close()
+    return loss, gradients
+
+
+def test_micro_batches_of_unequal_size_make_the_gradient_of_the_mean_over_examples(llama):
+    whole, parts = (run_ranks(_gradients, 1, llama, sizes)[0] for sizes in ((8,), (1, 5, 2)))
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+    for one, other in zip(parts[1], whole[1], strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_by_tokens_do_not_depend_on_the_split(llama, corpus, tmp_path):
+    found = []
+    for world in (1, 2):
+        config = tiny_config(llama, corpus, tmp_path / f"run{world}", optim__micro_batch_tokens=160, run__log_every=1,
+                             optim__gradient_accumulation_steps=2 // world, data__max_length=64)  # fmt: skip
+        folder = launch(config, world)
+        found.append((losses(folder), selections(folder)))
+    (one, chosen), (two, others) = found
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-5)
+    assert others == chosen and len(one) > 3
+    results = json.loads((folder / "results.json").read_text())
+    assert 0 < results["examples_per_step"] != 8
 
 
 def test_dropout_does_not_depend_on_the_split_either(llama, corpus, tmp_path):
@@ -180,9 +221,9 @@ def training_modes(config):
     seen = []
     original = Engine.forward_backward
 
-    def forward_backward(self, batch):
+    def forward_backward(self, batch, weight):
         seen.append(all(module.training for module in self.module.modules()))
-        return original(self, batch)
+        return original(self, batch, weight)
 
     Engine.forward_backward = forward_backward
     return train(config), seen

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from irtune.commands.common import show, show_json, table
 from irtune.config import load_config
-from irtune.config.batch import accumulation, for_ranks
+from irtune.config.batch import accumulation, for_ranks, rows_at_once
 from irtune.config.engine_json import read_engine_json
 from irtune.config.validate import PLAIN_BASE
 from irtune.errors import ConfigError
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     show(
         f"{config.model.name_or_path}: {len(parts.layers)} layers, {parts.constant:,} constant weights, "
         f"{elements:,} trainable in layers, {sum(parts.head):,} in the head\n"
-        f"{gpus} rank(s), {config.optim.micro_batch_size} examples of {config.data.max_length} tokens per rank; "
+        f"{gpus} rank(s), {rows_at_once(config)} examples of {config.data.max_length} tokens per rank; "
         f"{len(parts.selected)} layers train at a time{lowest}; figures are MiB per rank"
     )
     for sentence in parts.assumed:

@@ -9,7 +9,7 @@ from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch import for_ranks
 from irtune.config.engine_json import read_engine_json
-from irtune.data import BatchPlan, Corpus, Encoder, read_corpus
+from irtune.data import Corpus, Encoder, plan_batches, read_corpus
 from irtune.errors import ConfigError, IrtuneError
 from irtune.memory import device_memory_bytes
 from irtune.models import load_tokenizer
@@ -69,9 +69,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     if encoded:
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
         micro_batches = ranks * config.optim.gradient_accumulation_steps
-        plan = _tried(
-            lambda: BatchPlan(lengths, config.optim.micro_batch_size, micro_batches, config.run.seed), problems
-        )
+        plan = _tried(lambda: plan_batches(lengths, config, micro_batches), problems)
     if problems or not (corpus and tokenizer and encoded and plan):
         raise ConfigError(problems)
     steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
@@ -84,10 +82,11 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
         "examples": {split: len(rows) for split, rows in corpus.splits.items()},
         "labels": dict(Counter(corpus.labels[example.label] for example in corpus.splits["train"])),
         "batch": {
-            "micro_batch_size": config.optim.micro_batch_size,
+            "micro_batch_size": None if config.optim.micro_batch_tokens else config.optim.micro_batch_size,
+            "micro_batch_tokens": config.optim.micro_batch_tokens,
             "gradient_accumulation_steps": config.optim.gradient_accumulation_steps,
             "ranks": ranks,
-            "examples_per_step": plan.micro_batch_size * plan.micro_batches,
+            "examples_per_step": plan.examples_per_step,
             "steps": steps,
             "steps_per_epoch": plan.steps_per_epoch,
         },
@@ -138,14 +137,16 @@ def _warnings(corpus: Corpus, at_limit: int, steps: int, config: Config) -> list
 
 def _text(found: dict[str, Any]) -> str:
     batch = found["batch"]
+    tokens = batch["micro_batch_tokens"]
+    size = f"{tokens} tokens" if tokens else f"{batch['micro_batch_size']} examples"
     lines = [
         "the configuration can be run",
         *(f"warning: {line}" for line in found["warnings"]),
         f"corpus: {', '.join(f'{split} {count}' for split, count in found['examples'].items())} examples; "
         + ", ".join(f"{label} {count}" for label, count in found["labels"].items()),
         f"tokens: {found['tokens']['mean']:.0f} on average, {found['tokens']['longest']} at most",
-        f"batch: {batch['micro_batch_size']} x {batch['gradient_accumulation_steps']} accumulation x {batch['ranks']} "
-        f"rank(s) = {batch['examples_per_step']} per step, {batch['steps']} steps "
+        f"batch: {size} x {batch['gradient_accumulation_steps']} accumulation x {batch['ranks']} "
+        f"rank(s) = {batch['examples_per_step']:.4g} examples per step, {batch['steps']} steps "
         f"({batch['steps_per_epoch']} per epoch)",
         f"method {found['method']}, adapter {found['adapter']}, ZeRO {found['zero_stage']}",
         *([found["memory_plan"]] if found["memory_plan"] else []),

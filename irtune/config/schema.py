@@ -185,6 +185,9 @@ class OptimConfig:
     """Optimizer steps in all; overrides epochs."""
     micro_batch_size: int = 8
     """Examples per rank and forward pass."""
+    micro_batch_tokens: int | None = None
+    """Tokens, with padding, per rank and forward pass, instead of micro_batch_size: short texts make larger
+    micro-batches than long ones, and each is about the same work. A step's loss stays the mean over its examples."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per rank and optimizer step. With global_batch_size, 1 is filled in."""
     global_batch_size: int | None = None

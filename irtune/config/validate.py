@@ -51,6 +51,12 @@ def _check_numbers(config: Config) -> list[str]:
         ("optim.max_steps", optim.max_steps or 0, optim.max_steps is None or optim.max_steps >= 1, "at least 1"),
         ("optim.micro_batch_size", optim.micro_batch_size, optim.micro_batch_size >= 1, "at least 1"),
         (
+            "optim.micro_batch_tokens",
+            optim.micro_batch_tokens or 0,
+            optim.micro_batch_tokens is None or optim.micro_batch_tokens >= config.data.max_length,
+            f"at least data.max_length, {config.data.max_length}",
+        ),
+        (
             "optim.gradient_accumulation_steps",
             optim.gradient_accumulation_steps,
             optim.gradient_accumulation_steps >= 1,
@@ -189,7 +195,12 @@ def _check_combinations(config: Config) -> list[str]:
         problems.append(
             "adapter.dtype float32 needs model.dtype float32 or bfloat16; with float16 set adapter.dtype to model"
         )
-    adapter, tuning = config.adapter, config.tuning
+    adapter, tuning, optim = config.adapter, config.tuning, config.optim
+    if optim.micro_batch_tokens is not None and optim.global_batch_size is not None:
+        problems.append(
+            f"optim.global_batch_size {optim.global_batch_size} counts examples, of which optim.micro_batch_tokens "
+            f"{optim.micro_batch_tokens} puts more or fewer into a micro-batch; leave one of the two out"
+        )
     if adapter.type in OWN_WEIGHTS and adapter.dtype == "float32" and config.model.dtype != "float32":
         problems.append(
             f"adapter.type {adapter.type} trains the model's own parameters, which are {config.model.dtype}; set "

@@ -1,6 +1,6 @@
 """Corpora, prompts and batches."""
 
-from irtune.data.batches import BatchPlan, collate, evaluation_batches
+from irtune.data.batches import BatchPlan, collate, evaluation_batches, plan_batches
 from irtune.data.corpus import Corpus, Example, read_corpus, read_split
 from irtune.data.prompts import Encoder
 from irtune.data.tables import NumberedRows, parse_json_lines, read_table
@@ -18,6 +18,7 @@ __all__ = [
     "encoder_digest",
     "evaluation_batches",
     "parse_json_lines",
+    "plan_batches",
     "read_corpus",
     "read_split",
     "read_table",

@@ -4,28 +4,55 @@ The plan depends on the seed, the lengths and the global batch only: not on how 
 over ranks and accumulation steps. So 4 ranks x 1, 2 x 2 and 1 x 4 train on the same micro-batches in the same order.
 """
 
+import bisect
 import random
 from collections.abc import Sequence
 
 import torch
 
+from irtune.config.schema import Config
 from irtune.errors import ConfigError
 
 
 class BatchPlan:
     """Order of the training examples, one epoch after the other."""
 
-    def __init__(self, lengths: Sequence[int], micro_batch_size: int, micro_batches: int, seed: int, bucket: int = 50):
-        """Plan steps of `micro_batches` micro-batches (M = ranks x accumulation) of `micro_batch_size` examples.
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        micro_batch_size: int,
+        micro_batches: int,
+        seed: int,
+        bucket: int = 50,
+        tokens: int | None = None,
+    ):
+        """Plan steps of `micro_batches` micro-batches (M = ranks x accumulation).
 
-        `bucket` global batches are sorted by length together: more of them means less padding, and less randomness in
-        who meets whom. 1: a global batch is a random one, sorted into its micro-batches.
+        Args:
+            lengths: of the training examples, in tokens.
+            micro_batch_size: examples in a micro-batch.
+            micro_batches: M.
+            seed: of the order.
+            bucket: global batches that are sorted by length together: more of them means less padding, and less
+                randomness in who meets whom. 1: a global batch is a random one, sorted into its micro-batches.
+            tokens: a micro-batch holds as many examples as fit into so many tokens and padding, instead of
+                `micro_batch_size`: all of them are about the same work. Epochs may then differ by a few steps.
 
         Raises:
             ConfigError: when a global batch is larger than the corpus.
         """
-        self.lengths, self.seed, self.bucket = lengths, seed, bucket
+        self.lengths, self.seed, self.bucket, self.tokens = lengths, seed, bucket, tokens
         self.micro_batch_size, self.micro_batches = micro_batch_size, micro_batches
+        self._epoch: tuple[int, list[list[int]]] | None = None
+        self._starts = [0]  # first steps of those epochs that are known, with `tokens`
+        if tokens is not None:
+            if len(lengths) < micro_batches:
+                raise ConfigError(
+                    f"{micro_batches} micro-batches per step are more than the {len(lengths)} examples of the training "
+                    "split; use fewer ranks or smaller optim.gradient_accumulation_steps"
+                )
+            self.steps_per_epoch = len(self._batches(0)) // micro_batches
+            return
         global_batch = micro_batch_size * micro_batches
         if global_batch > len(lengths):
             raise ConfigError(
@@ -35,30 +62,94 @@ class BatchPlan:
             )
         # The examples of an incomplete last batch are left out; others in each epoch, since the order changes.
         self.steps_per_epoch = len(lengths) // global_batch
-        self._epoch: tuple[int, list[list[int]]] | None = None
 
     def step(self, step: int) -> list[list[int]]:
         """The M micro-batches of optimizer step `step` (counted from 0), as positions in the training split."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._plan(epoch))
+        epoch, position = divmod(step, self.steps_per_epoch) if self.tokens is None else self._find(step)
         first = position * self.micro_batches
-        return self._epoch[1][first : first + self.micro_batches]
+        return self._batches(epoch)[first : first + self.micro_batches]
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        """Shuffle, sort by length within buckets, cut, and shuffle the steps."""
+    def examples(self, steps: int) -> int:
+        """Examples in the first `steps` optimizer steps."""
+        if self.tokens is None:
+            return steps * self.micro_batch_size * self.micro_batches
+        return sum(len(batch) for step in range(steps) for batch in self.step(step))
+
+    @property
+    def examples_per_step(self) -> float:
+        """Examples in an optimizer step; with `tokens`, on average over the first epoch."""
+        return self.examples(self.steps_per_epoch) / self.steps_per_epoch
+
+    def _find(self, step: int) -> tuple[int, int]:
+        """Epoch of a step and its place there, where epochs differ in length."""
+        while step >= self._starts[-1]:
+            steps = len(self._batches(len(self._starts) - 1)) // self.micro_batches
+            self._starts.append(self._starts[-1] + steps)
+        epoch = bisect.bisect_right(self._starts, step) - 1
+        return epoch, step - self._starts[epoch]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """All micro-batches of an epoch: shuffle, sort by length within buckets, cut, and shuffle the steps."""
+        if self._epoch is not None and self._epoch[0] == epoch:
+            return self._epoch[1]
         rng = random.Random(f"order/{self.seed}/{epoch}")
         order = list(range(len(self.lengths)))
         rng.shuffle(order)
-        size, per_step = self.micro_batch_size, self.micro_batches
-        order = order[: self.steps_per_epoch * size * per_step]
-        batches = []
-        for start in range(0, len(order), self.bucket * size * per_step):
-            bucket = sorted(order[start : start + self.bucket * size * per_step], key=lambda i: (self.lengths[i], i))
-            batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-        steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+        batches = self._cut(order) if self.tokens is None else self._fill(order, self.tokens)
+        per_step = self.micro_batches
+        steps = [batches[i : i + per_step] for i in range(0, len(batches) - per_step + 1, per_step)]
         rng.shuffle(steps)
-        return [batch for step in steps for batch in step]
+        self._epoch = (epoch, [batch for step in steps for batch in step])
+        return self._epoch[1]
+
+    def _cut(self, order: list[int]) -> list[list[int]]:
+        """Micro-batches of equally many examples."""
+        size = self.micro_batch_size
+        at_once = self.bucket * size * self.micro_batches
+        batches = []
+        order = order[: self.steps_per_epoch * size * self.micro_batches]
+        for start in range(0, len(order), at_once):
+            bucket = sorted(order[start : start + at_once], key=lambda i: (self.lengths[i], i))
+            batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        return batches
+
+    def _fill(self, order: list[int], tokens: int) -> list[list[int]]:
+        """Micro-batches of as many examples as fit into `tokens`; at least M of them."""
+        per_step = self.micro_batches * tokens * len(order) // sum(self.lengths)
+        at_once = self.bucket * max(1, per_step)
+        batches: list[list[int]] = []
+        batch: list[int] = []
+        for start in range(0, len(order), at_once):
+            # What a bucket leaves of its last micro-batch goes with the next one: only the very last is not full.
+            bucket = sorted([*batch, *order[start : start + at_once]], key=lambda i: (self.lengths[i], i))
+            batch = []
+            for position in bucket:
+                if batch and (len(batch) + 1) * self.lengths[position] > tokens:
+                    batches.append(batch)
+                    batch = []
+                batch.append(position)
+        batches.append(batch)
+        while len(batches) < self.micro_batches:
+            large = max(batches, key=len)
+            batches.append([large.pop() for _ in range(len(large) // 2)])
+        return batches
+
+
+def plan_batches(lengths: Sequence[int], config: Config, micro_batches: int) -> BatchPlan:
+    """The plan of a run with `micro_batches` micro-batches per step, over training examples of `lengths` tokens.
+
+    Raises:
+        ConfigError: as `BatchPlan`.
+    """
+    optim = config.optim
+    return BatchPlan(
+        lengths,
+        optim.micro_batch_size,
+        micro_batches,
+        config.run.seed,
+        config.data.length_bucket,
+        optim.micro_batch_tokens,
+    )
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ import irtune
 from irtune import launcher
 from irtune.cache import remove_oldest
 from irtune.config import Config
+from irtune.config.batch import rows_at_once
 from irtune.machine import versions
 from irtune.planner.parts import Parts, count
 from irtune.shapes import model_settings
@@ -51,7 +52,7 @@ def kept_count(config: Config, *, device: str, labels: Sequence[str], slope: boo
 def _key(config: Config, device: str, labels: Sequence[str], slope: bool) -> str:
     model = {name: value for name, value in vars(config.model).items() if name != "name_or_path"}
     sections = [model, vars(config.adapter), vars(config.tuning)]
-    sizes = [config.optim.micro_batch_size, config.data.max_length, device, list(labels), slope]
+    sizes = [rows_at_once(config), config.data.max_length, device, list(labels), slope]
     shape = model_settings(config.model).to_dict()
     for place in ("_name_or_path", "name_or_path"):
         shape.pop(place, None)

@@ -11,6 +11,7 @@ from torch import nn
 from irtune.adapters import LayerTable, add_adapters
 from irtune.anatomy import is_linear
 from irtune.config import Config
+from irtune.config.batch import rows_at_once
 from irtune.errors import ConfigError
 from irtune.kernels import shorten_on_cpus
 from irtune.models import DTYPES, Classifier
@@ -161,7 +162,7 @@ def _steps(config: Config, network: nn.Module, table: LayerTable, selected: list
     recompute = Recompute(
         table.modules, reentrant=False, always=config.model.gradient_checkpointing, frozen=table.frozen
     )
-    rows, length = config.optim.micro_batch_size, config.data.max_length
+    rows, length = rows_at_once(config), config.data.max_length
 
     def step(rows: int, scoring: bool = False) -> Step:
         return training_step(network, table, selected, recompute, rows=rows, length=length, scoring=scoring)

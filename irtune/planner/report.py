@@ -18,10 +18,14 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What one run will need: `parts` as counted, `estimate` per rank."""
+    """What one run will need: `parts` as counted, `estimate` per rank.
+
+    longest: data.max_length where micro-batches are filled by tokens, else 0.
+    """
 
     parts: Parts
     estimate: Estimate
+    longest: int = 0
 
 
 def plan_run(
@@ -62,6 +66,7 @@ def plan_run(
                 zero=zero,
                 process=host_memory_bytes() if device == "cpu" else 0,  # with what counting took
             ),
+            config.data.max_length if config.optim.micro_batch_tokens else 0,
         )
 
     try:
@@ -108,9 +113,9 @@ def shortage(plan: RunPlan) -> str | None:
         return None
     advice = []
     if row.largest_micro_batch:
-        advice.append(
-            f"optim.micro_batch_size {row.largest_micro_batch} with more optim.gradient_accumulation_steps fits"
-        )
+        rows = row.largest_micro_batch
+        smaller = f"tokens {rows * plan.longest}" if plan.longest else f"size {rows}"
+        advice.append(f"optim.micro_batch_{smaller} with more optim.gradient_accumulation_steps fits")
     advice.append("model.gradient_checkpointing true, model.quantization nf4 and a smaller data.max_length need less")
     return (
         f"this run is planned to need {row.total / GIB:.2f} GiB of a device with {row.memory / GIB:.2f} GiB, so it may "

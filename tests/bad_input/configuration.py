@@ -145,5 +145,9 @@ CASES = [
          "optim.global_batch_size is ..., which is no multiple of optim.micro_batch_size ...; accepted: 2 or 4, or optim.micro_batch_size 3 or 1", "config/batch.py"),
     Case("a global batch and another accumulation", options("--optim.global_batch_size=8", "--optim.gradient_accumulation_steps=3"),
          "optim.gradient_accumulation_steps is ..., but optim.global_batch_size ... makes it 4; leave one of the two out", "config/batch.py"),
+    Case("micro-batches of fewer tokens than the longest text", options("--optim.micro_batch_tokens=32"),
+         "optim.micro_batch_tokens is ...; accepted: at least data.max_length, ...", VALIDATE),
+    Case("micro-batches by tokens and a global batch of examples", options("--optim.micro_batch_tokens=256", "--optim.global_batch_size=8"),
+         "optim.global_batch_size ... counts examples, of which optim.micro_batch_tokens ... puts more or fewer into a micro-batch; leave one of the two out", VALIDATE),
     Case("a global batch of nothing", options("--optim.global_batch_size=0"), "optim.global_batch_size is ...; accepted: at least 1", VALIDATE),
 ]  # fmt: skip

@@ -281,6 +281,8 @@ VALUES = [
     Case("more folds than documents", documents([1, 1, 1, 1], "--data.group=doc", "--data.fold=1/5"),
          "folds need at least as many documents, not ...", CORPUS),
     Case("fewer examples than a batch", rows(TRAIN, "--optim.micro_batch_size=64"), "is larger than the training split of ...", "data/batches.py"),
+    Case("fewer examples than micro-batches by tokens", rows(TRAIN, "--optim.micro_batch_tokens=256", "--optim.gradient_accumulation_steps=100"),
+         "100 micro-batches per step are more than the ... examples of the training split", "data/batches.py"),
     Case("a single text without a token", rows([row | {"before": ""} for row in TRAIN], "--data.after=null"), "has no text: the model would see nothing at all", "data/prompts.py"),
 ]  # fmt: skip
 

@@ -176,7 +176,7 @@ def _announce(trainer: Trainer, world: World) -> None:
         f"ZeRO {trainer.engine.stage}\n"
         f"corpus: {sizes} examples, {len(trainer.corpus.labels)} labels ({', '.join(trainer.corpus.labels)})\n"
         f"batch: {size} x {optim.gradient_accumulation_steps} accumulation x {world.size} ranks = "
-        f"{trainer.plan.examples_per_step:.4g} examples per step, "
+        f"{trainer.plan.examples_per_step:,} examples per step, "
         f"{trainer.max_steps} steps ({trainer.plan.steps_per_epoch} per epoch)"
     )
 

@@ -33,8 +33,11 @@ def predict(
     batch_size: int,
     pad_token_id: int,
     device: torch.device,
+    tokens: int | None = None,
 ) -> Predictions:
     """Run `forward` (a batch to logits [batch, classes]) over all examples, spread over ranks. Collective.
+
+    In batches of `batch_size` examples, or of as many as fit into `tokens`.
 
     Raises:
         DistributedError: when an example was not predicted exactly once.
@@ -42,7 +45,8 @@ def predict(
     lengths = [len(item["input_ids"]) for item in encoded]
     logits = torch.zeros(len(encoded), num_classes, device=device)
     times = torch.zeros(len(encoded), device=device)
-    for positions in evaluation_batches(lengths, batch_size, runtime.rank(), runtime.launched_world_size()):
+    rank, world = runtime.rank(), runtime.launched_world_size()
+    for positions in evaluation_batches(lengths, batch_size, rank, world, tokens):
         # A rank without work left goes along with one example, since ZeRO 3 needs all ranks; nothing of it is kept.
         batch = collate([encoded[i] for i in positions or [len(encoded) - 1]], pad_token_id, device=device)
         with torch.no_grad():

@@ -54,7 +54,7 @@ class LayerScores:
             all_layers: score frozen layers too. Their gradients are thrown away inside the backward pass, and they are
                 frozen again before the optimizer could see them.
             factor: what gradients must be multiplied with to be those of the micro-batch's mean loss (undoes the
-                division by accumulation steps and the loss scale).
+                division by accumulation steps, the loss scale, and the weight of a micro-batch in its step).
         """
         self._micro_batches += 1
         with contextlib.ExitStack() as cleanup:

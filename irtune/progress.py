@@ -61,7 +61,7 @@ class Window:
         self.positions += max(lengths) * len(lengths)
 
     def add(self, loss: torch.Tensor) -> None:
-        """This rank's mean loss of a step, fp32 scalar."""
+        """This rank's share of a step's mean loss, fp32 scalar: the mean over ranks is the loss."""
         self._losses.append(loss)
 
     def drain(self) -> None:

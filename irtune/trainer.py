@@ -11,7 +11,6 @@ import torch
 from irtune import runtime
 from irtune.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, versions, writing
 from irtune.config import Config
-from irtune.config.batch import rows_at_once
 from irtune.data import BatchPlan, Corpus, collate
 from irtune.diagnosis import find_origin
 from irtune.engine import Engine
@@ -56,7 +55,9 @@ class Trainer:
         self.progress, self.identity, self.pretrained = progress, identity, pretrained
         self.eval_every = config.run.eval_every or plan.steps_per_epoch
         self.num_layers = engine.table.num_layers
-        self.evaluation_batch = EVALUATION_BATCH * rows_at_once(config)
+        tokens = config.optim.micro_batch_tokens
+        self.evaluation_batch = EVALUATION_BATCH * config.optim.micro_batch_size
+        self.evaluation_tokens = None if tokens is None else EVALUATION_BATCH * tokens
         self.layers = LayerChoice(
             config.tuning,
             engine=engine,
@@ -255,6 +256,7 @@ class Trainer:
             [example.label for example in self.corpus.splits[split]],
             len(self.corpus.labels),
             batch_size=self.evaluation_batch,
+            tokens=self.evaluation_tokens,
             pad_token_id=self.pad_token_id,
             device=self.device,
         )
@@ -262,7 +264,9 @@ class Trainer:
         return predictions
 
     def _evaluate_and_save(self) -> None:
-        runtime.doing(f"evaluation after step {self.progress.step}, in batches of {self.evaluation_batch} examples")
+        tokens, step = self.evaluation_tokens, self.progress.step
+        size = f"{self.evaluation_batch} examples" if tokens is None else f"{tokens} tokens"
+        runtime.doing(f"evaluation after step {step}, in batches of {size}")
         predictions = self.predict("dev")
         values = metrics(predictions, self.corpus.labels)
         self._last = (self.progress.step, predictions)

@@ -333,6 +333,25 @@ def test_micro_batches_by_tokens_are_equal_work():
     assert max(map(len, batches)) > 100 and min(map(len, batches)) < 12
 
 
+def test_in_a_small_corpus_every_example_has_its_turn_and_meets_others():
+    lengths = [10 * (i // 5) + 10 for i in range(60)]
+    plan = BatchPlan(lengths, 8, micro_batches=8, seed=0, tokens=240)  # one bucket; fewer than 2 x 8 micro-batches
+    assert plan.steps_per_epoch == 1
+    epochs = [[tuple(batch) for batch in plan.step(step)] for step in range(40)]
+    assert {i for epoch in epochs for batch in epoch for i in batch} == set(range(60))
+    assert len({frozenset(batch) for epoch in epochs for batch in epoch}) > 3 * 15
+    assert sum(map(len, epochs[0])) < 60
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(50, 200), st.integers(1, 5))
+def test_evaluation_by_tokens_shows_each_example_once(lengths, tokens, world):
+    shares = [evaluation_batches(lengths, 8, rank, world, tokens) for rank in range(world)]
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1
+    for batch in (batch for share in shares for batch in share if batch):
+        assert max(lengths[i] for i in batch) * len(batch) <= tokens
+
+
 def test_few_examples_still_make_a_micro_batch_for_each_rank():
     plan = BatchPlan([5] * 6, 8, micro_batches=4, seed=0, tokens=64)
     assert [len(plan.step(step)) for step in range(3)] == [4, 4, 4] and plan.steps_per_epoch == 1

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, PhiConfig
+from transformers import GPTNeoXConfig, LlamaConfig, PhiConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 from transformers.models.llama import modeling_llama
 from transformers.models.phi.modeling_phi import PhiAttention
 
@@ -12,6 +13,13 @@ from irtune.kernels.rotary import NAME, _Rotate, shorten_rotary
 
 pytestmark = pytest.mark.quick
 BATCH, LENGTH, HIDDEN = 2, 7, 32
+
+
+def gpt_neox():
+    """Rotates half of each head, in the function itself."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(hidden_size=HIDDEN, num_attention_heads=4, rotary_pct=0.5, attn_implementation="eager")
+    return GPTNeoXAttention(config, layer_idx=0).bfloat16().train()
 
 
 def attention_of(kind, settings, dtype=torch.bfloat16):
@@ -33,7 +41,7 @@ def results(attention, dtype, dim=HIDDEN // 4):
     """Output, and the gradient of the input, in fp64; the first `dim` numbers of each head are rotated."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(BATCH, LENGTH, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    output, _ = attention(x, position_embeddings=tuple(angles(dtype, dim)), attention_mask=None)
+    output, *_ = attention(x, position_embeddings=tuple(angles(dtype, dim)), attention_mask=None)
     output.backward(torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view(output.shape).to(dtype))
     return output.detach().double(), x.grad.double()
 
@@ -76,8 +84,13 @@ def test_other_models_and_other_rotations_are_left_alone():
     assert modeling_llama.apply_rotary_pos_emb is before and type(llama()) is modeling_llama.LlamaAttention
     wanted = results(partial, torch.bfloat16, 4)
     shorten_rotary(partial)  # phi cuts the part that is rotated out beforehand: the rotation itself is the same
+    assert type(partial) is not PhiAttention
     for found, own in zip(results(partial, torch.bfloat16, 4), wanted):
         torch.testing.assert_close(found, own, rtol=0.02, atol=0.02)
+    partial = gpt_neox()  # cuts it out in the rotation, which is taken then
+    wanted = results(partial, torch.bfloat16, 4)
+    shorten_rotary(partial)
+    assert all(torch.equal(found, own) for found, own in zip(results(partial, torch.bfloat16, 4), wanted))
     interleaved = type("Interleaved", (modeling_llama.LlamaAttention,), {"forward": _uses(_pairs_of_neighbours)})
     module = copy.deepcopy(llama())
     module.__class__ = interleaved

@@ -146,7 +146,7 @@ def _text(found: dict[str, Any]) -> str:
         + ", ".join(f"{label} {count}" for label, count in found["labels"].items()),
         f"tokens: {found['tokens']['mean']:.0f} on average, {found['tokens']['longest']} at most",
         f"batch: {size} x {batch['gradient_accumulation_steps']} accumulation x {batch['ranks']} "
-        f"rank(s) = {batch['examples_per_step']:.4g} examples per step, {batch['steps']} steps "
+        f"rank(s) = {batch['examples_per_step']:,} examples per step, {batch['steps']} steps "
         f"({batch['steps_per_epoch']} per epoch)",
         f"method {found['method']}, adapter {found['adapter']}, ZeRO {found['zero_stage']}",
         *([found["memory_plan"]] if found["memory_plan"] else []),

@@ -33,9 +33,9 @@ def accumulation(optim: OptimConfig, ranks: int) -> tuple[int, list[str]]:
 
 
 def rows_at_once(config: Config) -> int:
-    """Examples of the longest input, data.max_length tokens, in one micro-batch."""
+    """Examples of the longest input, data.max_length tokens, in one micro-batch; rounded up where tokens fill it."""
     tokens = config.optim.micro_batch_tokens
-    return config.optim.micro_batch_size if tokens is None else max(1, tokens // config.data.max_length)
+    return config.optim.micro_batch_size if tokens is None else -(-tokens // config.data.max_length)
 
 
 def for_ranks(config: Config, ranks: int) -> Config:

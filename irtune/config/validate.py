@@ -201,6 +201,11 @@ def _check_combinations(config: Config) -> list[str]:
             f"optim.global_batch_size {optim.global_batch_size} counts examples, of which optim.micro_batch_tokens "
             f"{optim.micro_batch_tokens} puts more or fewer into a micro-batch; leave one of the two out"
         )
+    if optim.micro_batch_tokens is not None and adapter.type in OUTSIDE_LAYERS:
+        problems.append(
+            f"optim.micro_batch_tokens does not count the embeddings that adapter.type {adapter.type} puts before "
+            "every text; leave it out"
+        )
     if adapter.type in OWN_WEIGHTS and adapter.dtype == "float32" and config.model.dtype != "float32":
         problems.append(
             f"adapter.type {adapter.type} trains the model's own parameters, which are {config.model.dtype}; set "

@@ -1,7 +1,8 @@
 """Which examples make up which micro-batch, and the tensors of a micro-batch.
 
-The plan depends on the seed, the lengths and the global batch only: not on how the M micro-batches of a step are spread
-over ranks and accumulation steps. So 4 ranks x 1, 2 x 2 and 1 x 4 train on the same micro-batches in the same order.
+The plan depends on the seed, the lengths, M and the size of a micro-batch only: not on how the M micro-batches of a
+step are spread over ranks and accumulation steps. So 4 ranks x 1, 2 x 2 and 1 x 4 train on the same micro-batches in
+the same order.
 """
 
 import bisect
@@ -77,8 +78,10 @@ class BatchPlan:
 
     @property
     def examples_per_step(self) -> float:
-        """Examples in an optimizer step; with `tokens`, on average over the first epoch."""
-        return self.examples(self.steps_per_epoch) / self.steps_per_epoch
+        """Examples in an optimizer step, a whole number; with `tokens`, on average over the first epoch, rounded."""
+        if self.tokens is None:
+            return self.micro_batch_size * self.micro_batches
+        return round(self.examples(self.steps_per_epoch) / self.steps_per_epoch, 1)
 
     def _find(self, step: int) -> tuple[int, int]:
         """Epoch of a step and its place there, where epochs differ in length."""
@@ -97,7 +100,9 @@ class BatchPlan:
         rng.shuffle(order)
         batches = self._cut(order) if self.tokens is None else self._fill(order, self.tokens)
         per_step = self.micro_batches
-        steps = [batches[i : i + per_step] for i in range(0, len(batches) - per_step + 1, per_step)]
+        for _ in range(len(batches) % per_step):  # left out; others in each epoch
+            batches.pop(rng.randrange(len(batches)))
+        steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
         rng.shuffle(steps)
         self._epoch = (epoch, [batch for step in steps for batch in step])
         return self._epoch[1]
@@ -121,7 +126,8 @@ class BatchPlan:
         batch: list[int] = []
         for start in range(0, len(order), at_once):
             # What a bucket leaves of its last micro-batch goes with the next one: only the very last is not full.
-            bucket = sorted([*batch, *order[start : start + at_once]], key=lambda i: (self.lengths[i], i))
+            # Among equal lengths the order stays random, or in a small corpus the same texts would always meet.
+            bucket = sorted([*batch, *order[start : start + at_once]], key=lambda i: self.lengths[i])
             batch = []
             for position in bucket:
                 if batch and (len(batch) + 1) * self.lengths[position] > tokens:
@@ -152,14 +158,21 @@ def plan_batches(lengths: Sequence[int], config: Config, micro_batches: int) -> 
     )
 
 
-def evaluation_batches(lengths: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+def evaluation_batches(
+    lengths: Sequence[int], batch_size: int, rank: int, world_size: int, tokens: int | None = None
+) -> list[list[int]]:
     """Batches of positions for one rank: every position stands in exactly one batch of one rank.
 
+    Of `batch_size` examples each, or of as many as fit into `tokens` with padding, one at least.
     Longest first, so that an out-of-memory error comes at once. All ranks get equally many batches, because ZeRO 3
     needs every rank in every forward pass: a rank that has one fewer gets an empty list as its last.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches, first = [], 0
+    while first < len(order):
+        size = batch_size if tokens is None else max(1, tokens // max(1, lengths[order[first]]))
+        batches.append(order[first : first + size])
+        first += size
     rounds = -(-len(batches) // world_size)
     mine = batches[rank::world_size]
     return mine + [[]] * (rounds - len(mine))

@@ -44,7 +44,7 @@ def shorten_rotary(model: nn.Module) -> None:
     """Let the attentions of `model` rotate queries and keys with `_Rotate` in bf16 training steps, in place.
 
     Only those whose own rotation, a function of transformers beside their class, turns random numbers as `_Rotate`
-    does: some models rotate a part only, or other pairs. Attentions with fp32 weights are left alone.
+    does: some models pair other numbers. Attentions with fp32 weights are left alone.
     """
     for module in model.modules():
         short = _shortened(type(module))  # type: ignore[arg-type]  # classes have a hash
@@ -74,6 +74,7 @@ def _rotation_instead_of(theirs: Rotation) -> Rotation:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As transformers' function of this name."""
         plain = not args and not kwargs and q.dtype == k.dtype == cos.dtype == torch.bfloat16
+        plain = plain and q.shape[-1] == k.shape[-1] == cos.shape[-1]  # else a part of each head is rotated
         if not plain or not (q.requires_grad and k.requires_grad):
             return theirs(q, k, cos, sin, *args, **kwargs)
         return _Rotate.apply(q, k, cos.unsqueeze(1), sin.unsqueeze(1))

@@ -149,5 +149,8 @@ CASES = [
          "optim.micro_batch_tokens is ...; accepted: at least data.max_length, ...", VALIDATE),
     Case("micro-batches by tokens and a global batch of examples", options("--optim.micro_batch_tokens=256", "--optim.global_batch_size=8"),
          "optim.global_batch_size ... counts examples, of which optim.micro_batch_tokens ... puts more or fewer into a micro-batch; leave one of the two out", VALIDATE),
+    Case("micro-batches by tokens and embeddings before the text",
+         options("--optim.micro_batch_tokens=256", "--adapter.type=prompt", "--tuning.method=full"),
+         "optim.micro_batch_tokens does not count the embeddings that adapter.type prompt puts before every text; leave it out", VALIDATE),
     Case("a global batch of nothing", options("--optim.global_batch_size=0"), "optim.global_batch_size is ...; accepted: at least 1", VALIDATE),
 ]  # fmt: skip

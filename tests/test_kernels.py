@@ -53,7 +53,7 @@ def test_compile_is_refused_where_it_cannot_be(tmp_path):
 
 
 def _compiled(model, dtype, compiled):
-    rig = tiny.Rig(model, 2, dtype)
+    rig = tiny.Rig(model, 2, dtype, compile=compiled)
     if compiled:
         compile_layers(rig.table.modules)
     losses = []
@@ -71,7 +71,7 @@ def _compiled(model, dtype, compiled):
 @pytest.mark.parametrize(("dtype", "near"), [("float32", 1), ("mixed", 1000)])
 def test_compiled_layers_train_as_others_do_over_selections(tmp_path, dtype, near):
     model = tiny.save_model(tmp_path / "model", layers=2)
-    found = (run_ranks(_compiled, 1, model, dtype, flag)[0] for flag in (0, 1))
+    found = (run_ranks(_compiled, 1, model, dtype, flag)[0] for flag in (False, True))
     (plain, weights, none), (compiled, others, graphs) = found
     assert none == 0 and 1 <= graphs <= 6  # one for each combination, not for each layer and selection
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-5 * near, atol=1e-6)

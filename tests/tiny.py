@@ -105,13 +105,15 @@ class Rig:
     def __init__(self, model: Path, stage: int, dtype: str = "float32", accumulation: int = 1, **options: Any):
         """`dtype`: float32; bfloat16 (adapters too); or mixed (fp32 adapters over a bf16 model).
 
-        Options: quantization; adapter, a map of settings; zero, a map of the JSON's; weight_decay; others are Engine's.
+        Options: quantization and compile, for the model; adapter, a map of settings; zero, a map of the JSON's;
+        weight_decay; others are Engine's.
         """
         self.world = runtime.read_world()
         runtime.start(self.world, 60)
         runtime.seed_everything(0, deterministic=False)
         base = "float32" if dtype == "float32" else "bfloat16"
-        config = ModelConfig(name_or_path=str(model), dtype=base, quantization=options.pop("quantization", "none"))
+        own = {name: options.pop(name) for name in ("quantization", "compile") if name in options}
+        config = ModelConfig(name_or_path=str(model), dtype=base, **own)
         self.classifier = load_classifier(config, ["a", "b", "c"])
         adapter = AdapterConfig(
             **{"r": 4, "dtype": "model" if dtype == "bfloat16" else "float32"} | options.pop("adapter", {})

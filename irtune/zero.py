@@ -96,7 +96,7 @@ def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
 def sum_norms_at_once(optimizer: Any) -> None:
     """Let ZeRO 1 and 2 find the norm of all gradients with one all-reduce of one number, in place.
 
-    DeepSpeed takes one for each parameter group, of which irtune has one per layer, and five times as long on the way.
+    DeepSpeed takes one for each parameter group, of which irtune has one per layer.
     An optimizer of another kind, or one whose gradients lie in host memory, stays as it is.
     """
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:

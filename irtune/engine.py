@@ -11,7 +11,7 @@ import contextlib
 import gc
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from irtune import runtime
 from irtune.adapters import LayerTable, suppressed, write_adapter
 from irtune.config import AdapterConfig, OptimConfig
 from irtune.config.validate import OWN_WEIGHTS
+from irtune.engine_state import HEAD, EngineState, Key
 from irtune.errors import DistributedError
 from irtune.losses import Loss, cross_entropy
-from irtune.optimizer_state import MOMENTS, Layout, Parking, StepState, recut
+from irtune.optimizer_state import Layout
 from irtune.recompute import Recompute
-from irtune.zero import SkippingAdamW, check_version, join_deepspeed, rebuilding, sum_norms_at_once
+from irtune.update import DeviceAdamW, update_on_device
+from irtune.zero import can_update_on_device, check_version, join_deepspeed, rebuilding
 
-HEAD = "head"
-Key = int | str
 log = logging.getLogger(__name__)
 
 
@@ -62,12 +62,9 @@ class Engine:
         """
         check_version()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.table, self.optim, self.park, self.loss = table, optim, park, loss
+        self.table, self.optim, self.loss = table, optim, loss
         self.selected: list[int] = []
-        self.skipped = False  # whether the last optimizer step was left out
-        self._norm: torch.Tensor | None = None
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-        self.layout = Layout(self.stage)
         # The reentrant kind would go back through what layers share, once for each of them (ltuning-prefix).
         shared = self.stage == 3 and table.below and any(table.layers) and not table.pretrained
         if shared and recompute:
@@ -76,16 +73,22 @@ class Engine:
             [] if shared else table.modules, reentrant=self.stage == 3, always=recompute, frozen=table.frozen
         )
         # Of lower-precision parameters ZeRO keeps fp32 masters, which alone remember what rounding takes away.
-        self.keeps_master = table.head[0][1].dtype != torch.float32
+        keeps_master = table.head[0][1].dtype != torch.float32
+        self._norm: torch.Tensor | None = None
+        self._steps_adamw = self.stage == 0 and not keeps_master  # itself, without an optimizer of DeepSpeed's around
+        self._max_norm = float(settings.get("gradient_clipping", 0.0))
+        if self._steps_adamw:  # it would clip with host reads; `step` does without
+            settings = settings | {"gradient_clipping": 0.0}
         table.set_trainable([])
         self.recompute.set_trained([], table.lowest([]))
         join_deepspeed()
         gc.collect()
         gc.freeze()  # ZeRO 3 runs the collector at every rebuild: spare it the model's objects
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=self._new_adamw([]), config=settings)
-        sum_norms_at_once(self.ds.optimizer)
-        self.parked: Parking[Key] = Parking(self.device)
-        self._import_state({})
+        self._take_over_update()
+        self.applied = torch.ones((), dtype=torch.bool, device=self.device)
+        self.state = EngineState(self.ds, table, Layout(self.stage), keeps_master=keeps_master, park=park)
+        self.state.put_in({})
 
     # ----- one step -----
 
@@ -154,19 +157,28 @@ class Engine:
     def step(self, lr: float) -> None:
         """End a micro-batch; at an accumulation boundary, clip and update the selected layers.
 
-        Where a gradient is not finite on any rank, `skipped` is set and nothing is updated: no weight, no moment.
+        Where a gradient is not finite on any rank, nothing is updated: no weight, no moment. `applied`, a 0-d bool on
+        the device, tells; to read it is to wait for the device.
         """
-        for group in self._adamw.param_groups:
+        adamw = self.state.adamw
+        for group in adamw.param_groups:
             group["lr"] = lr
         boundary = self.ds.is_gradient_accumulation_boundary()
-        by_hand = self.stage == 0 and not self.keeps_master
-        if boundary and by_hand:  # here the engine clips without keeping the norm, and looks at nothing
-            trained = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
+        if boundary and self._steps_adamw:
+            trained = [parameter for group in adamw.param_groups for parameter in group["params"]]
             self._norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-            self.skipped = self._adamw.skips = not bool(self._norm.isfinite())
+            adamw.decide(self._norm, self._max_norm)
         self.ds.step()
-        if boundary and not by_hand:
-            self.skipped = bool(self.ds.optimizer.overflow)
+        if boundary:
+            left_out = adamw.found_inf
+            if left_out is None:  # DeepSpeed's own update, which has read the norm on the host
+                left_out = torch.tensor(bool(self.ds.optimizer.overflow), device=self.device)
+            self.applied = left_out == 0
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last optimizer step was left out; waits for the device."""
+        return not bool(self.applied)
 
     def grad_norm(self) -> float:
         """Global norm of the averaged gradient before clipping, at the last update."""
@@ -181,7 +193,7 @@ class Engine:
             return
         old = self.ds.optimizer
         keep: set[Key] = {HEAD, *selected}
-        saved = self._export_state(keep)
+        saved = self.state.take_out(keep)
         dropped = [number for number in self.selected if number not in keep]
         if self.stage == 3:
             old._partition_all_parameters()
@@ -196,23 +208,27 @@ class Engine:
             self.recompute.set_trained(selected, self.table.lowest(selected))
             self.selected = list(selected)
             self.ds._configure_optimizer(adamw, None)
-        sum_norms_at_once(self.ds.optimizer)
+        self._take_over_update()
         if hasattr(self.ds.optimizer, "register_grad_acc_post_hook"):
             self.ds.optimizer.register_grad_acc_post_hook(self.ds._backward_post_hook)
         for name in ("loss_scaler", "loss_scale_config"):  # fp16: the scale that was found goes on
             if hasattr(old, name):
                 setattr(self.ds.optimizer, name, getattr(old, name))
-        self._import_state(saved)
+        self.state.put_in(saved)
         self._release(old, dropped)
 
-    def _new_adamw(self, selected: list[int]) -> SkippingAdamW:
+    def _take_over_update(self) -> None:
+        if can_update_on_device(self.ds.optimizer):
+            update_on_device(self.ds.optimizer)
+
+    def _new_adamw(self, selected: list[int]) -> DeviceAdamW:
         layers = [(number, self.table.layers[number]) for number in selected if self.table.layers[number]]
         groups = [
             {"params": [parameter for _, parameter in named], "layer": key}
             for key, named in [*layers, (HEAD, self.table.head)]
         ]
         first, second = self.optim.betas
-        return SkippingAdamW(
+        return DeviceAdamW(
             groups,
             lr=0.0,  # `step` sets it; a rebuild that steps by itself must not decay weights
             betas=(first, second),
@@ -237,115 +253,27 @@ class Engine:
 
     # ----- optimizer state -----
 
-    @property
-    def _adamw(self) -> SkippingAdamW:
-        return getattr(self.ds.optimizer, "optimizer", self.ds.optimizer)
-
-    def _groups(self) -> Iterator[tuple[Key, list[torch.Tensor]]]:
-        """Layer (or head) and the fp32 tensors that Adam steps for it on this rank."""
-        for index, group in enumerate(self._adamw.param_groups):
-            if self.stage == 3:
-                wrapper = self.ds.optimizer
-                owner = wrapper.sub_group_to_group_id
-                flats = enumerate(wrapper.fp32_partitioned_groups_flat)
-                yield group["layer"], [flat for number, flat in flats if owner[number] == index]
-            else:
-                yield group["layer"], list(group["params"])
-
-    def _set_state(self, tensor: torch.Tensor, state: StepState) -> None:
-        step = torch.tensor(state.step, dtype=torch.float32, device=tensor.device)
-        moments = {name: state.tensors[name].to(tensor.device) for name in MOMENTS}
-        self._adamw.state[tensor] = {"step": step} | moments
-        if "master" in state.tensors:
-            tensor.data.copy_(state.tensors["master"])
-
-    def _get_state(self, tensor: torch.Tensor) -> StepState:
-        held = self._adamw.state[tensor]
-        tensors = {name: held[name] for name in MOMENTS}
-        if self.keeps_master:
-            tensors["master"] = tensor.detach()
-        return StepState(tensors, float(held["step"]))
-
-    def _export_state(self, keep: set[Key]) -> dict[Key, list[StepState]]:
-        """State of the groups in `keep`, which stay where they are; others are parked in host memory or dropped."""
-        saved: dict[Key, list[StepState]] = {}
-        for key, tensors in self._groups():
-            states = [self._get_state(tensor) for tensor in tensors]
-            if key in keep:
-                saved[key] = states
-            elif self.park:
-                self.parked.put(key, states)
-        return saved
-
-    def _import_state(self, saved: dict[Key, list[StepState]]) -> None:
-        for key, tensors in self._groups():
-            states = saved.get(key) or self.parked.take(key)
-            if states and len(states) != len(tensors):  # ZeRO 3 cut a loaded or very large layer differently
-                states = recut(states, [tensor.numel() for tensor in tensors])
-            # Zero moments at once, not at the first step: memory is known, and its lack noticed, right away. And
-            # FP16_UnfusedOptimizer (stage 0 with masters) has already made one empty step, which must not count.
-            states = states or [StepState({name: torch.zeros_like(tensor) for name in MOMENTS}) for tensor in tensors]
-            for tensor, state in zip(tensors, states):
-                self._set_state(tensor, state)
-
     def optimizer_state_bytes(self) -> int:
         """Bytes of Adam's moments and of fp32 masters that exist beside the parameters, on this rank."""
-        total = 0
-        for _, tensors in self._groups():
-            for tensor in tensors:
-                held = self._adamw.state[tensor]
-                total += sum(held[name].numel() * held[name].element_size() for name in MOMENTS)
-                if self.keeps_master or self.stage in (1, 2):
-                    total += tensor.numel() * tensor.element_size()
-        return total
+        return self.state.nbytes()
 
     def end_training(self) -> None:
         """Free parked state: no layer comes back any more."""
-        self.parked.clear()
+        self.state.parked.clear()
 
     def parked_bytes(self) -> int:
         """Bytes of parked state in this rank's host memory."""
-        return self.parked.nbytes()
+        return self.state.parked.nbytes()
 
     # ----- whole tensors, for checkpoints -----
 
-    def _named(self, key: Key) -> list[tuple[str, nn.Parameter]]:
-        return self.table.head if isinstance(key, str) else self.table.layers[key]
-
-    @torch.no_grad()
     def full_state(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Whole tensors `PARAMETER/exp_avg` (and so on) on the CPU, and Adam's step count per layer. Collective."""
-        held = {key: [self._get_state(tensor) for tensor in tensors] for key, tensors in self._groups()}
-        held |= self.parked.contents()
-        tensors: dict[str, torch.Tensor] = {}
-        steps: dict[str, float] = {}
-        for key in sorted(held, key=str):
-            named, states = self._named(key), held[key]
-            if not states[0].step:
-                continue  # chosen, but not yet trained: nothing to remember
-            steps[str(key)] = states[0].step
-            for kind in sorted(states[0].tensors):
-                parts = [state.tensors[kind].to(self.ds.device) for state in states]
-                whole = self.layout.join(parts, [parameter for _, parameter in named])
-                tensors |= {f"{name}/{kind}": tensor.cpu().clone() for (name, _), tensor in zip(named, whole)}
-        return tensors, steps
+        return self.state.whole()
 
-    @torch.no_grad()
     def load_full_state(self, tensors: dict[str, torch.Tensor], steps: dict[str, float]) -> None:
         """Take over a state written by `full_state`, under this run's ranks and stage. Call after `reselect`."""
-        for text, step in steps.items():
-            key: Key = text if text == HEAD else int(text)
-            names = [name for name, _ in self._named(key)]
-            parameters = [parameter for _, parameter in self._named(key)]
-            kinds = [kind for kind in (*MOMENTS, "master") if f"{names[0]}/{kind}" in tensors]
-            split = {k: self.layout.split([tensors[f"{name}/{k}"] for name in names], parameters) for k in kinds}
-            if not self.keeps_master:
-                split.pop("master", None)
-            states = [StepState(dict(zip(split, piece)), step) for piece in zip(*split.values())]
-            if self.stage == 3:  # a rank's shares of the layer's parameters lie end to end
-                states = recut(states, [sum(self.layout.pieces(parameters))])
-            self.parked.put(key, states)
-        self._import_state({})
+        self.state.load_whole(tensors, steps)
 
     def _whole(self, parameters: list[nn.Parameter], *, write: bool = False) -> contextlib.AbstractContextManager:
         """A context in which parameters that ZeRO 3 keeps in pieces are whole; rank 0's values stay if `write`."""
@@ -396,7 +324,7 @@ class Engine:
 
     def close(self) -> None:
         """Release the engine's hooks and buffers."""
-        self.parked.clear()
+        self.state.parked.clear()
         self.ds.destroy()
         gc.unfreeze()
 

@@ -25,7 +25,7 @@ from irtune.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.config.safety import redact
 from irtune.config.schema import ModelConfig
 from irtune.errors import ModelError
-from irtune.kernels import attention_kernel, shorten_on_cpus
+from irtune.kernels import attention_kernel, heed_padding, shorten_on_cpus
 from irtune.zero import make_whole, sharded_loading
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ def load_classifier(
             **_quantized_loading(config, settings, device),
         )
     quantization.settle(model)
+    heed_padding(model)
     if not torch.cuda.is_available():
         shorten_on_cpus(model, compiled=config.compile)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.

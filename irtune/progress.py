@@ -1,5 +1,6 @@
 """What a run remembers between checkpoints, and between log lines."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -42,11 +43,26 @@ class Progress:
         self.skipped_in_a_row += 1
 
 
+@dataclass
+class Done:
+    """An optimizer step that was made, as far as the host knows without waiting for the device.
+
+    step: its number, from 1. layers: those that it updated if it was applied. applied: 0-d bool on the device, the same
+    on all ranks. loss: this rank's share of its mean loss, fp32 scalar; the mean over ranks is the loss.
+    """
+
+    step: int
+    layers: list[int]
+    applied: torch.Tensor
+    loss: torch.Tensor
+
+
 class Window:
     """Losses and counts of the steps since the last log line. Losses stay on the device until a line is due."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
+        self._done: list[Done] = []
         self._losses: list[torch.Tensor] = []
         self.forget_batches()
 
@@ -60,12 +76,28 @@ class Window:
         self.examples += len(lengths)
         self.positions += max(lengths) * len(lengths)
 
-    def add(self, loss: torch.Tensor) -> None:
-        """This rank's share of a step's mean loss, fp32 scalar: the mean over ranks is the loss."""
-        self._losses.append(loss)
+    def add(self, done: Done) -> None:
+        """A step was made."""
+        self._done.append(done)
+
+    def settle(self) -> Iterator[int]:
+        """Find out which steps were applied, with one host read, and count them; yields the numbers of the skipped.
+
+        To be used up: what is not asked for is not counted.
+        """
+        done, self._done = self._done, []
+        if not done:
+            return
+        for one, applied in zip(done, torch.stack([one.applied for one in done]).tolist()):
+            if applied:
+                self._losses.append(one.loss)
+                self.progress.updated(one.layers)
+            else:
+                self.progress.passed_over()
+                yield one.step
 
     def drain(self) -> None:
-        """Average the losses over ranks into `progress.losses`. Collective."""
+        """Average the losses of the steps that are settled over ranks into `progress.losses`. Collective."""
         if self._losses:
             means = runtime.all_reduce(torch.stack(self._losses)) / runtime.launched_world_size()
             self.progress.losses += means.tolist()

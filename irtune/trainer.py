@@ -19,7 +19,7 @@ from irtune.evaluation import Predictions, metrics, predict
 from irtune.importance import LayerScores
 from irtune.layer_choice import LayerChoice
 from irtune.memory import peak_memory_bytes
-from irtune.progress import Progress, Window
+from irtune.progress import Done, Progress, Window
 from irtune.schedule import learning_rate
 from irtune.selection import Chooser
 from irtune.tracking import Tracker, write_predictions
@@ -99,6 +99,7 @@ class Trainer:
             step = self.progress.step
             self.progress.seconds = before + time.perf_counter() - started
             if self.layers.is_due(step):
+                self._settle()
                 runtime.doing(f"selection after step {step}")
                 self.layers.select(batches)
             if step % self.config.run.log_every == 0 or step == self.max_steps:
@@ -147,11 +148,8 @@ class Trainer:
             runtime.doing(f"update of step {step + 1}")
             self.engine.step(rate)
         self.progress.step = step + 1
-        if self.engine.skipped:
-            self._skip(batches)
-        else:
-            self.window.add(total / self.engine.accumulation_steps)
-            self.progress.updated(self.engine.selected)
+        mean = total / self.engine.accumulation_steps
+        self.window.add(Done(self.progress.step, self.engine.selected, self.engine.applied, mean))
         self.tracker.advance(self.progress.step)
         return batches
 
@@ -166,30 +164,39 @@ class Trainer:
             schedule=optim.schedule,
         )
 
-    def _skip(self, batches: list[dict[str, torch.Tensor]]) -> None:
-        """Count a step whose loss or gradients were not finite.
+    def _settle(self) -> None:
+        """Count the steps since the last call. Before anything that is written, chosen or told about them.
+
+        Not after each step: the host would wait for the device, which meanwhile could have begun the next.
 
         Raises:
-            TrainingError: after too many in a row; names step, examples, and where the first such number arose.
+            TrainingError: after too many skipped steps in a row.
         """
-        progress, limit = self.progress, self.config.run.max_skipped_steps
-        progress.passed_over()
-        self.tracker.say(
-            f"step {progress.step} is skipped: its loss or gradients are not finite "
-            f"({progress.skipped_in_a_row} in a row, {progress.skipped} in all)"
-        )
-        if progress.skipped_in_a_row < limit:
-            return
-        runtime.doing(f"search for what is not finite in step {progress.step}")
-        plan = self.plan.step(progress.step - 1)[runtime.rank() :: runtime.launched_world_size()]
+        for step in self.window.settle():
+            in_a_row = self.progress.skipped_in_a_row
+            self.tracker.say(
+                f"step {step} is skipped: its loss or gradients are not finite "
+                f"({in_a_row} in a row, {self.progress.skipped} in all)"
+            )
+            if in_a_row >= self.config.run.max_skipped_steps:
+                self._give_up(step, in_a_row)
+
+    def _give_up(self, step: int, in_a_row: int) -> None:
+        """End training on steps whose loss or gradients were not finite; `step` is the last of them. Collective.
+
+        Raises:
+            TrainingError: names step, examples, and where the first such number arose.
+        """
+        runtime.doing(f"search for what is not finite in step {step}")
+        plan = self.plan.step(step - 1)[runtime.rank() :: runtime.launched_world_size()]
         ids = [[self.corpus.splits["train"][i].id for i in positions] for positions in plan]
-        origins = [find_origin(self.engine, batch) for batch in batches]
+        origins = [find_origin(self.engine, batch) for batch in self._micro_batches(step - 1)]
         mine = [(origin, names) for origin, names in zip(origins, ids) if origin is not None]
         found = [entry for entries in runtime.all_gather_object(mine) for entry in entries]
         where = "; ".join(f"{origin}, in a batch of the examples {', '.join(names)}" for origin, names in found)
         raise TrainingError(
-            f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradients that are not "
-            f"finite (run.max_skipped_steps {limit}). The first such number is in "
+            f"step {step}: {in_a_row} steps in a row had a loss or gradients that are not "
+            f"finite (run.max_skipped_steps {self.config.run.max_skipped_steps}). The first such number is in "
             f"{where or 'gradients of parameters only: the loss and all layers are finite'}. Lower optim.lr, or use "
             "model.dtype float32"
         )
@@ -216,6 +223,7 @@ class Trainer:
     def _log(self) -> None:
         """Reduce and record the losses since the last line. Collective."""
         runtime.doing(f"log line of step {self.progress.step}")
+        self._settle()
         self.window.drain()
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
@@ -264,6 +272,7 @@ class Trainer:
         return predictions
 
     def _evaluate_and_save(self) -> None:
+        self._settle()
         tokens, step = self.evaluation_tokens, self.progress.step
         size = f"{self.evaluation_batch} examples" if tokens is None else f"{tokens} tokens"
         runtime.doing(f"evaluation after step {step}, in batches of {size}")
@@ -289,6 +298,7 @@ class Trainer:
     def _save(self, *, best: bool) -> None:
         """Write a checkpoint. Collective."""
         runtime.doing(f"checkpoint of step {self.progress.step}")
+        self._settle()
         self.window.drain()  # the losses since the last log line are kept
         trainable = self.engine.trainable(self._saved_layers())
         tensors, steps = self.engine.full_state()

@@ -53,16 +53,6 @@ def check_version() -> None:
         raise RuntimeError(f"deepspeed {deepspeed.__version__} has no {', '.join(missing)}; irtune is built on 0.19.8")
 
 
-class SkippingAdamW(torch.optim.AdamW):
-    """AdamW whose steps can be left out, for ZeRO 0, where nothing stands between it and the engine."""
-
-    skips = False
-
-    def step(self, closure: Any = None) -> Any:
-        """As torch.optim.AdamW; nothing while `skips` is set."""
-        return None if self.skips else super().step(closure)
-
-
 @contextlib.contextmanager
 def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, the old optimizer may be destroyed and `engine._configure_optimizer` called, at a fraction of the cost.
@@ -93,25 +83,12 @@ def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def sum_norms_at_once(optimizer: Any) -> None:
-    """Let ZeRO 1 and 2 find the norm of all gradients with one all-reduce of one number, in place.
+def can_update_on_device(optimizer: Any) -> bool:
+    """Whether irtune does the update of DeepSpeed's `optimizer` (update.py): under ZeRO 1 and 2.
 
-    DeepSpeed takes one for each parameter group, of which irtune has one per layer.
-    An optimizer of another kind, or one whose gradients lie in host memory, stays as it is.
+    Not where gradients lie in host memory, nor in fp16, whose loss scale follows what the host has read.
     """
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
-        return
-
-    @torch.no_grad()
-    def scaled_global_norm(norm_type: float = 2) -> torch.Tensor:
-        """L2 norm over all ranks, fp32; infinite where a gradient is not finite."""
-        gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        total = torch.stack(norms).square().sum()  # padding is zero
-        torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
-        return torch.where(total.isfinite(), total.sqrt(), torch.inf)
-
-    optimizer.scaled_global_norm = scaled_global_norm
+    return type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload and optimizer.dtype != torch.float16
 
 
 def _replace(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:

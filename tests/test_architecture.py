@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "irtune").rglob("*.py"))
 # Floors from the ground up; a room imports only from floors below its own.
 FLOORS = [
-    {"cache", "errors", "launcher", "kernels", "logs", "norms", "pictures", "recompute", "zero"},
+    {"cache", "errors", "launcher", "kernels", "logs", "norms", "pictures", "recompute", "update", "zero"},
     {"machine", "watch"},
     {"config", "runtime", "schedule"},
     {"quantization"},
@@ -28,7 +28,7 @@ FLOORS = [
         "faults",
     },
     {"adapters", "shapes"},
-    {"importance", "evaluation", "nodes", "signal_noise", "planner"},
+    {"engine_state", "importance", "evaluation", "nodes", "signal_noise", "planner"},
     {"engine"},
     {"layer_choice", "diagnosis"},
     {"trainer", "prepare"},

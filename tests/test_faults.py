@@ -123,9 +123,12 @@ def train_with_a_broken_layer(config):
     return train(config)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_too_many_in_a_row_stop_the_run_and_name_step_examples_and_layer(llama, corpus, tmp_path, stage):
-    options = {"optim__max_steps": 12, "run__eval_every": 12, "run__max_skipped_steps": 4}
+@pytest.mark.parametrize(
+    "stage, looks", [(2, {}), (3, {}), (2, {"run__log_every": 10, "tuning__interval": 9})], ids=["2", "3", "2-seldom"]
+)
+def test_too_many_in_a_row_stop_the_run_and_name_step_examples_and_layer(llama, corpus, tmp_path, stage, looks):
+    """The same step is named where nobody looks at the numbers before later ones are done."""
+    options = {"optim__max_steps": 12, "run__eval_every": 12, "run__max_skipped_steps": 4} | looks
     config = tiny_config(llama, corpus, tmp_path / "run", stage, **options)
     errors = run_ranks(train_with_a_broken_layer, 2, config)
     for error in errors:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from irtune.adapters.trained import layer_list
 from irtune.errors import ConfigError, ModelError
 from irtune.kernels.attention import CPU_ATTENTION, attention_on_cpus
+from irtune.kernels.masks import sdpa_mask_by_mark
 from irtune.models import Classifier
 from irtune.zero import runnable
 
@@ -82,8 +82,8 @@ def _wider(
 
 for _name, _kernel in KERNELS.items():
     AttentionInterface.register(f"prefix_{_name}", with_prefix(_kernel))
-    AttentionMaskInterface.register(f"prefix_{_name}", sdpa_mask)
-AttentionMaskInterface.register("prefix_trace", sdpa_mask)
+    AttentionMaskInterface.register(f"prefix_{_name}", sdpa_mask_by_mark)
+AttentionMaskInterface.register("prefix_trace", sdpa_mask_by_mark)
 
 
 def attention_places(classifier: Classifier, kind: str) -> list[AttentionPlace]:

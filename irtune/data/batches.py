@@ -188,7 +188,7 @@ def collate(
 
     Returns:
         input_ids and attention_mask, int64 [batch, length]; token_type_ids where the examples have them; labels,
-        int64 [batch], when given.
+        int64 [batch], when given. attention_mask.padded says whether it holds a 0.
     """
     length = max(len(item["input_ids"]) for item in encoded)
 
@@ -207,4 +207,7 @@ def collate(
         batch["labels"] = torch.tensor(labels)
     if device is not None and device.type == "cuda":  # only from pinned memory does a copy not wait
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    # For kernels/masks.py: on a GPU, to look at the mask is to wait for it.
+    batch["attention_mask"].padded = any(len(item["input_ids"]) < length for item in encoded)  # type: ignore[attr-defined]
+    return batch

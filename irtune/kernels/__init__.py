@@ -10,8 +10,11 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from irtune.kernels.attention import CPU_ATTENTION
+from irtune.kernels.masks import heed_padding
 from irtune.kernels.norms import shorten_norms
 from irtune.kernels.rotary import shorten_rotary
+
+__all__ = ["add_fused_kernels", "attention_kernel", "compile_layers", "heed_padding", "shorten_on_cpus"]
 
 log = logging.getLogger("irtune")
 COMBINATIONS = 64  # of what a compiled layer depends on

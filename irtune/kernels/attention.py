@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from irtune.kernels.masks import sdpa_mask_by_mark
 
 CPU_ATTENTION = "cpu_bf16"
 SHORT = 512  # keys, up to which probabilities are kept
@@ -110,4 +111,4 @@ class _ByProducts(torch.autograd.Function):
 
 
 AttentionInterface.register(CPU_ATTENTION, attention_on_cpus)
-AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask_by_mark)

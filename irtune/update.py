@@ -1,0 +1,75 @@
+"""Clipping and Adam's update, and leaving them out, without a host that waits for the device.
+
+DeepSpeed reads the norm on the host before the update and again for each parameter group, of which irtune has one
+per layer. Here the norm stays a tensor: torch's fused AdamW takes how far to scale gradients down, and whether to
+leave the step out, from the device, as it does for torch.amp.GradScaler.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+
+class DeviceAdamW(torch.optim.AdamW):
+    """torch's fused AdamW; what `decide` decides is in force until it is called again."""
+
+    # torch's names; its fused kernels read both. grad_scale divides gradients; 1 in found_inf leaves the step out.
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+
+    def decide(self, norm: torch.Tensor, max_norm: float) -> None:
+        """Clip to `max_norm` (0: do not), and leave the step out unless the norm is finite.
+
+        Args:
+            norm: L2 norm of all gradients, fp32 scalar on the parameters' device.
+            max_norm: as torch.nn.utils.clip_grad_norm_ takes it.
+        """
+        self.found_inf = (~norm.isfinite()).float()
+        self.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm else None
+
+
+def update_on_device(optimizer: Any) -> None:
+    """Give an optimizer of ZeRO 1 or 2, one that zero.can_update_on_device accepts, an update without host reads."""
+    optimizer.step = functools.partial(_update, optimizer)
+
+
+@torch.no_grad()
+def _update(zero: Any, closure: Any = None) -> None:
+    """DeepSpeedZeroOptimizer.step: this rank's shares of the averaged gradients, clipped, update its shares of weights.
+
+    One all-reduce finds the norm, and what is gathered is gathered at once.
+    """
+    masters, gradients = zero.single_partition_of_fp32_groups, []
+    for number, master in enumerate(masters):
+        flat = zero._get_preflattened_grad_partition(number)
+        master.grad = (zero.flatten(zero.averaged_gradients[number]) if flat is None else flat).to(master.dtype)
+        gradients.append(master.grad)
+        zero._release_preflattened_grad_buffers(number)
+        zero.averaged_gradients[number] = zero.all_grad_tensors[number] = None
+        zero.free_grad_in_param_list(zero.params_in_partition[number])
+        zero.free_grad_in_param_list(zero.params_not_in_partition[number])
+    zero._global_grad_norm = _norm(zero, gradients)
+    del gradients
+    zero.optimizer.decide(zero._global_grad_norm, zero.clip_grad)
+    zero.optimizer.step()
+    gathers = []
+    for whole, parts, master, group in zip(
+        zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, masters, zero.real_dp_process_group
+    ):
+        mine = parts[torch.distributed.get_rank(group)]
+        mine.copy_(master)
+        master.grad = None
+        if len(parts) > 1:
+            gathers.append(torch.distributed.all_gather_into_tensor(whole, mine, group=group, async_op=True))
+    for gather in gathers:
+        gather.wait()
+    zero.overflow = False  # to the engine's knowledge; `found_inf` knows better
+    zero.micro_step_id = -1  # as before the first micro-batch
+
+
+def _norm(zero: Any, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm of the gradients of all ranks' shares, fp32 scalar; padding is zero."""
+    total = torch.stack(torch._foreach_norm(gradients)).float().square().sum()
+    torch.distributed.all_reduce(total, group=zero.dp_process_group)
+    return total.sqrt()

@@ -53,6 +53,8 @@ def _update(zero: Any, closure: Any = None) -> None:
     del gradients
     zero.optimizer.decide(zero._global_grad_norm, zero.clip_grad)
     zero.optimizer.step()
+    all_gather = getattr(torch.distributed, "all_gather_single", None)  # its name since torch 2.13
+    all_gather = all_gather or torch.distributed.all_gather_into_tensor
     gathers = []
     for whole, parts, master, group in zip(
         zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, masters, zero.real_dp_process_group
@@ -61,7 +63,7 @@ def _update(zero: Any, closure: Any = None) -> None:
         mine.copy_(master)
         master.grad = None
         if len(parts) > 1:
-            gathers.append(torch.distributed.all_gather_into_tensor(whole, mine, group=group, async_op=True))
+            gathers.append(all_gather(whole, mine, group=group, async_op=True))
     for gather in gathers:
         gather.wait()
     zero.overflow = False  # to the engine's knowledge; `found_inf` knows better

@@ -27,6 +27,7 @@ def train(arguments: Sequence[str]) -> int:
         config = load_config(arguments)
         show_traceback = config.run.traceback
         # Imported late: a mistake in the configuration is reported at once, without loading torch.
+        importlib.import_module("irtune.slow_imports")
         from irtune.app import run
 
         results = run(config)

@@ -3,8 +3,8 @@
 Flipping requires_grad does not freeze anything under ZeRO: its flat master is stepped as a whole. So `reselect` keeps
 the engine and rebuilds its ZeRO optimizer, with one parameter group per selected layer and one for the head. A group
 per layer keeps a layer's shards as they are, so that its state moves to the new optimizer without communication, and
-gives each layer its own Adam step count. `_configure_optimizer` and `_backward_post_hook` are private to DeepSpeed:
-`zero.check_version` fails loudly when they are gone.
+gives each layer its own Adam step count. What is private to DeepSpeed here is listed in `zero.PRIVATE`, and
+`zero.check_version` fails loudly when it is gone.
 """
 
 import contextlib
@@ -25,7 +25,6 @@ from irtune.adapters import LayerTable, suppressed, write_adapter
 from irtune.config import AdapterConfig, OptimConfig
 from irtune.config.validate import OWN_WEIGHTS
 from irtune.engine_state import HEAD, EngineState, Key
-from irtune.errors import DistributedError
 from irtune.losses import Loss, cross_entropy
 from irtune.optimizer_state import Layout
 from irtune.recompute import Recompute
@@ -327,17 +326,3 @@ class Engine:
         self.state.parked.clear()
         self.ds.destroy()
         gc.unfreeze()
-
-
-def verify_selection(selected: list[int], num_layers: int, device: torch.device) -> None:
-    """Compare a selection across ranks.
-
-    Raises:
-        DistributedError: naming the ranks and the layers, when they differ.
-    """
-    mask = torch.zeros(num_layers, dtype=torch.uint8, device=device)
-    mask[selected] = 1
-    all_masks = [other.nonzero().flatten().tolist() for other in runtime.all_gather(mask)]
-    if any(other != all_masks[0] for other in all_masks):
-        chosen = "; ".join(f"rank {rank}: {layers}" for rank, layers in enumerate(all_masks))
-        raise DistributedError(f"ranks chose different layers: {chosen}")

@@ -9,8 +9,8 @@ import torch
 
 from irtune import runtime
 from irtune.config import TuningConfig
-from irtune.engine import Engine, verify_selection
-from irtune.errors import TrainingError
+from irtune.engine import Engine
+from irtune.errors import DistributedError, TrainingError
 from irtune.importance import LayerScores
 from irtune.progress import Progress
 from irtune.selection import Chooser, Observation
@@ -128,3 +128,17 @@ class LayerChoice:
                 f"step {self.progress.step}: {bad} selections in a row had scores that are not finite "
                 f"(tuning.max_bad_scores {limit}); lower optim.lr, or use model.dtype float32"
             )
+
+
+def verify_selection(selected: list[int], num_layers: int, device: torch.device) -> None:
+    """Compare a selection across ranks.
+
+    Raises:
+        DistributedError: naming the ranks and the layers, when they differ.
+    """
+    mask = torch.zeros(num_layers, dtype=torch.uint8, device=device)
+    mask[selected] = 1
+    all_masks = [other.nonzero().flatten().tolist() for other in runtime.all_gather(mask)]
+    if any(other != all_masks[0] for other in all_masks):
+        chosen = "; ".join(f"rank {rank}: {layers}" for rank, layers in enumerate(all_masks))
+        raise DistributedError(f"ranks chose different layers: {chosen}")

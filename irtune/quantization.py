@@ -1,4 +1,4 @@
-"""Quantised base weights through bitsandbytes. The ONLY file that imports it.
+"""Quantised base weights through bitsandbytes. The only file that uses it.
 
 nf4: 4 bits per weight in blocks of 64, the blocks' scales in 8 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 int8: 8 bits per weight, a scale per output, and activations in 8 bits but for outliers (LLM.int8(), Dettmers et al.

@@ -53,21 +53,26 @@ def _update(zero: Any, closure: Any = None) -> None:
     del gradients
     zero.optimizer.decide(zero._global_grad_norm, zero.clip_grad)
     zero.optimizer.step()
-    all_gather = getattr(torch.distributed, "all_gather_single", None)  # its name since torch 2.13
-    all_gather = all_gather or torch.distributed.all_gather_into_tensor
-    gathers = []
-    for whole, parts, master, group in zip(
-        zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, masters, zero.real_dp_process_group
-    ):
-        mine = parts[torch.distributed.get_rank(group)]
-        mine.copy_(master)
+    rank = torch.distributed.get_rank(zero.dp_process_group)
+    shares = [parts[rank] for parts in zero.parallel_partitioned_bit16_groups]
+    for share, master in zip(shares, masters):
+        share.copy_(master)
         master.grad = None
-        if len(parts) > 1:
-            gathers.append(all_gather(whole, mine, group=group, async_op=True))
-    for gather in gathers:
-        gather.wait()
+    _gather(zero.bit16_groups_flat, shares, zero.dp_process_group)
     zero.overflow = False  # to the engine's knowledge; `found_inf` knows better
     zero.micro_step_id = -1  # as before the first micro-batch
+
+
+def _gather(wholes: list[torch.Tensor], shares: list[torch.Tensor], group: Any) -> None:
+    """Fill flat tensors of all ranks' shares with this rank's and the others', in one message."""
+    if torch.distributed.get_world_size(group) == 1:
+        return
+    all_gather = getattr(torch.distributed, "all_gather_single", None)  # its name since torch 2.13
+    all_gather = all_gather or torch.distributed.all_gather_into_tensor
+    with torch.distributed._coalescing_manager(group=group, async_ops=True) as message:
+        for whole, share in zip(wholes, shares):
+            all_gather(whole, share, group=group)
+    message.wait()
 
 
 def _norm(zero: Any, gradients: list[torch.Tensor]) -> torch.Tensor:

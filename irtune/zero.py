@@ -1,4 +1,5 @@
-"""What irtune knows of DeepSpeed's inside: the names it builds on, the keys of its JSON, and two of its habits.
+"""What irtune knows of DeepSpeed's inside: the names that engine.py and update.py build on, the keys of its JSON, and
+two of its habits.
 
 Beside engine.py, the only file that imports deepspeed.
 """
@@ -22,7 +23,14 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-PRIVATE = ("_configure_optimizer", "_backward_post_hook")
+PRIVATE = {
+    deepspeed.DeepSpeedEngine: ("_configure_optimizer", "_backward_post_hook"),
+    DeepSpeedZeroOptimizer: (
+        "_get_preflattened_grad_partition",
+        "_release_preflattened_grad_buffers",
+        "free_grad_in_param_list",
+    ),
+}
 
 
 def unknown_zero_keys(settings: dict[str, Any]) -> list[str]:
@@ -48,7 +56,7 @@ def unknown_zero_keys(settings: dict[str, Any]) -> list[str]:
 
 def check_version() -> None:
     """Raise when this DeepSpeed lacks what re-selection is built on."""
-    missing = [name for name in PRIVATE if not hasattr(deepspeed.DeepSpeedEngine, name)]
+    missing = [name for owner, names in PRIVATE.items() for name in names if not hasattr(owner, name)]
     if missing:
         raise RuntimeError(f"deepspeed {deepspeed.__version__} has no {', '.join(missing)}; irtune is built on 0.19.8")
 

@@ -10,7 +10,19 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "irtune").rglob("*.py"))
 # Floors from the ground up; a room imports only from floors below its own.
 FLOORS = [
-    {"cache", "errors", "launcher", "kernels", "logs", "norms", "pictures", "recompute", "update", "zero"},
+    {
+        "cache",
+        "errors",
+        "launcher",
+        "kernels",
+        "logs",
+        "norms",
+        "pictures",
+        "recompute",
+        "slow_imports",
+        "update",
+        "zero",
+    },
     {"machine", "watch"},
     {"config", "runtime", "schedule"},
     {"quantization"},
@@ -40,7 +52,7 @@ FLOORS = [
 ]
 ONLY = {
     "deepspeed": {"engine", "zero"},
-    "bitsandbytes": {"quantization"},
+    "bitsandbytes": {"quantization", "slow_imports"},
     "tensorboard": {"tracking"},
     "matplotlib": {"compare", "pictures"},
 }

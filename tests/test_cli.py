@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -92,3 +93,21 @@ def test_launch_scripts_pass_shellcheck():
     scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.sh"))
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_bitsandbytes_is_imported_without_torchs_compiler():
+    check = "import sys; from irtune import slow_imports; print('torch._inductor.compile_fx' in sys.modules)"
+    seen = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert seen.stdout.strip() == "False", seen.stderr
+
+
+def test_what_is_compiled_later_is_compiled_once(monkeypatch):
+    from irtune import slow_imports
+
+    compiled = Mock(side_effect=lambda function, **_: lambda x: function(x) + 1)
+    monkeypatch.setattr(slow_imports.torch, "compile", compiled)
+    plain = slow_imports._compile_when_called(lambda x: 2 * x)
+    with_options = slow_imports._compile_when_called(dynamic=False)(lambda x: 3 * x)
+    assert not compiled.called
+    assert [plain(1), plain(2), with_options(1)] == [3, 5, 4]
+    assert [call.kwargs for call in compiled.call_args_list] == [{}, {"dynamic": False}]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from irtune import runtime
-from irtune.engine import verify_selection
 from irtune.importance import LayerScores
+from irtune.layer_choice import verify_selection
 from tests.ranks import run_cases, run_ranks
 from tests.tiny import LAYERS, Rig
 

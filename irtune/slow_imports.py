@@ -1,8 +1,8 @@
 """Imports bitsandbytes before peft does, without torch's compiler: a run starts a second earlier.
 
-bitsandbytes hands some functions to torch.compile when it is imported, which loads Inductor, though few runs call one of
-them. Here they are handed over when they are first called. Nothing depends on this module: where peft was imported
-before it, only the second is lost.
+bitsandbytes hands some functions to torch.compile when it is imported, which loads Inductor, though few runs call
+one of them. Here they are handed over when they are first called. Nothing depends on this module: where peft was
+imported before it, only the second is lost.
 """
 
 import functools
@@ -27,7 +27,8 @@ def _compile_when_called(function: Callable | None = None, **options: Any) -> Ca
     return call
 
 
-_compile, torch.compile = torch.compile, _compile_when_called
+_compile = torch.compile
+torch.compile = _compile_when_called  # type: ignore[assignment]
 try:
     import bitsandbytes  # noqa: F401
 finally:

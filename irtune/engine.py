@@ -174,11 +174,6 @@ class Engine:
                 left_out = torch.tensor(bool(self.ds.optimizer.overflow), device=self.device)
             self.applied = left_out == 0
 
-    @property
-    def skipped(self) -> bool:
-        """Whether the last optimizer step was left out; waits for the device."""
-        return not bool(self.applied)
-
     def grad_norm(self) -> float:
         """Global norm of the averaged gradient before clipping, at the last update."""
         return float(self._norm if self._norm is not None else self.ds.get_global_grad_norm() or 0.0)

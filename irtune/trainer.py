@@ -69,6 +69,8 @@ class Trainer:
         )
         self.window = Window(progress)
         self._last: tuple[int, Predictions] | None = None
+        self._end_of_step: torch.cuda.Event | None = None
+        self._began = time.perf_counter()
         self._saved_step = -1
 
     # ----- the story -----
@@ -84,8 +86,8 @@ class Trainer:
             self._run()
 
     def _run(self) -> None:
-        started = self._mark = time.perf_counter()
-        before = self.progress.seconds
+        self._mark = time.perf_counter()
+        self._began = self._mark - self.progress.seconds  # as if earlier sessions had been just before
         # Once, and after each evaluation: there are some thousand modules to tell.
         self.engine.module.train()
         if self.progress.step == 0:
@@ -97,7 +99,6 @@ class Trainer:
         while self.progress.step < self.max_steps and not self.progress.stopped:
             batches = self._train_step()
             step = self.progress.step
-            self.progress.seconds = before + time.perf_counter() - started
             if self.layers.is_due(step):
                 self._settle()
                 runtime.doing(f"selection after step {step}")
@@ -115,12 +116,26 @@ class Trainer:
     def _heed_signals(self) -> None:
         """End here, saved, when a rank was told to; nothing to do when training is over anyway."""
         step = self.progress.step
-        number = runtime.watch().stops_after(step)
+        number = runtime.watch().stops_after(step, self._await_step_before())
         if number is None or self._is_over():
             return
         if self._saved_step != step:
             self._save(best=False)
         raise StoppedError(number, step)
+
+    def _await_step_before(self) -> int:
+        """Let the device end all steps but the last; how many it may then be behind.
+
+        On a GPU the host may run ahead of what other ranks have begun, and signals need a bound for that. The last
+        step is being computed meanwhile.
+        """
+        if self.device.type != "cuda":
+            return 0
+        before, self._end_of_step = self._end_of_step, torch.cuda.Event()
+        self._end_of_step.record()
+        if before is not None:
+            before.synchronize()
+        return 1
 
     def _stopped_early(self) -> None:
         if self.progress.losses:
@@ -180,9 +195,12 @@ class Trainer:
             )
             if in_a_row >= self.config.run.max_skipped_steps:
                 self._give_up(step, in_a_row)
+        self.progress.seconds = time.perf_counter() - self._began
 
     def _give_up(self, step: int, in_a_row: int) -> None:
         """End training on steps whose loss or gradients were not finite; `step` is the last of them. Collective.
+
+        Steps after it may have been applied before anybody looked, so that it need not fail again.
 
         Raises:
             TrainingError: names step, examples, and where the first such number arose.
@@ -235,7 +253,7 @@ class Trainer:
                 "loss": self.window.mean(),
                 "lr": self._learning_rate(step - 1),
                 "grad_norm": norm if math.isfinite(norm) else None,
-                "clipped": int(0 < limit < norm),
+                "clipped": int(math.isfinite(norm) and 0 < limit < norm),
                 "skipped_steps": self.progress.skipped,
                 "layers_selected": len(self.engine.selected),
                 "tokens_per_second": tokens / seconds,

@@ -258,18 +258,23 @@ class Watch:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def stops_after(self, step: int) -> int | None:
+    def stops_after(self, step: int, behind: int = 0) -> int | None:
         """The signal on which all ranks end after optimizer step `step`, or None.
 
         No rank can end step s + 1 before all have begun it, since its gradients are summed over ranks. So what a rank
         announces between s and s + 1 is seen by all at the end of s + 1, and costs no collective.
+
+        Args:
+            step: the caller has begun it.
+            behind: steps that the caller's device may not have ended yet, `step` among them; the same on all ranks.
+                A stop is announced for so many steps later.
         """
         if self._store is None:
             return self.signal
         if not self._store.check(["stop"]):
             if self.signal is not None and not self._announced:
                 self._announced = True
-                self._store.compare_set("stop", "", f"{step + 1} {self.signal}")
+                self._store.compare_set("stop", "", f"{step + 1 + behind} {self.signal}")
             return None
         at, number = self._store.get("stop").split()
         return int(number) if step >= int(at) else None

@@ -38,14 +38,14 @@ def skip_one_step(model, stage, dtype, accumulation, factor):
     if rig.world.rank == rig.world.size - 1:
         rig.engine.loss = spoil(factor)
     rig.train(1)
-    skipped, norm = rig.engine.skipped, rig.engine.grad_norm()
+    skipped, norm = not rig.engine.applied, rig.engine.grad_norm()
     after, (tensors, steps) = rig.layer_weights(), rig.engine.full_state()
     same = tensors.keys() == state[0].keys() and all(torch.equal(tensors[name], state[0][name]) for name in tensors)
     rig.engine.loss = cross_entropy
     rig.train(1)
     later = rig.layer_weights()
     result = {
-        "skipped": [skipped, rig.engine.skipped],
+        "skipped": [skipped, not rig.engine.applied],
         "norm": norm,
         "moved by the skipped step": [not torch.equal(old, new) for old, new in zip(before, after)],
         "state is the same": same and steps == state[1],
@@ -80,7 +80,7 @@ def train_spoiled(config, spoiled):
         bad = here in spoiled and runtime.rank() == 1
         self.engine.loss = spoil(math.nan) if bad else cross_entropy
         batches = original(self)
-        seen.append((here, self.engine.skipped, list(self.engine.selected)))
+        seen.append((here, not self.engine.applied, list(self.engine.selected)))
         return batches
 
     Trainer._train_step = step

@@ -68,10 +68,19 @@ def quiet(model, corpus, folder, stage, **more):
     return tiny_config(model, corpus, folder, stage, **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_step_reads_nothing_from_the_device(llama, corpus, tmp_path, stage, dtype):
-    config = quiet(llama, corpus, tmp_path / "run", stage, model__dtype=dtype)
+OVER_BF16 = {"model__dtype": "bfloat16"}
+BF16 = OVER_BF16 | {"adapter__dtype": "model"}
+KINDS = [(0, {}), (1, {}), (2, {}), (0, OVER_BF16), (1, OVER_BF16), (2, OVER_BF16), (1, BF16), (2, BF16),
+         (2, {"adapter__type": "prompt", "adapter__num_tokens": 4})]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stage, kind",
+    KINDS,
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_a_step_reads_nothing_from_the_device(llama, corpus, tmp_path, stage, kind):
+    config = quiet(llama, corpus, tmp_path / "run", stage, **kind)
     assert run_ranks(reads, 2, config, 5, 8) == [{}, {}]
 
 

@@ -1,5 +1,6 @@
 """How a run's time-out is shared out, and a store that does not answer. What ranks do then is in test_faults.py."""
 
+import signal
 import threading
 import time
 
@@ -81,3 +82,21 @@ def test_a_silent_rank_is_named_in_time_and_told_to_the_main_thread():
         assert left and "rank 1 has given no sign for" in left[0]
     finally:
         one.stop()
+
+
+@pytest.mark.parametrize("behind, lead", [(0, 0), (1, 0), (1, 1)])
+def test_all_ranks_end_after_the_same_step_though_hosts_run_ahead(behind, lead):
+    """The host of a device that may be a step behind has looked after step 5 when another announces after step 4."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    told, ahead = watch(store, 0), watch(store, 1)
+    try:
+        told.signal = signal.SIGTERM
+        ended = {}
+        for step in range(4, 9):
+            for name, rank, at in (("ahead", ahead, step + lead), ("told", told, step)):
+                if name not in ended and rank.stops_after(at, behind):
+                    ended[name] = at
+        assert ended == {"ahead": 5 + behind, "told": 5 + behind}
+    finally:
+        told.stop()
+        ahead.stop()

@@ -47,9 +47,12 @@ class SoftTokens(nn.Module):
                 extra = tensor[:, :1].expand(rows, count)
             return torch.cat([tensor[:, :start], extra, tensor[:, start:]], dim=1)
 
+        extended = {name: longer(name, tensor) for name, tensor in batch.items()}
+        if hasattr(batch.get("attention_mask"), "padded"):  # what `attends` holds, the host does not know
+            extended["attention_mask"].padded = True  # type: ignore[attr-defined]
         self._soft = soft.expand(rows, -1, -1)
         try:
-            return self.base(**{name: longer(name, tensor) for name, tensor in batch.items()})
+            return self.base(**extended)
         finally:
             self._soft = None
 

@@ -4,7 +4,7 @@
 
 Models of random weights (hidden size 256), a quarter of the layers trained, the lowest of them in the middle, so that
 the share of the backward pass is the same everywhere. Results go to benchmarks/results/growth-cpu.json and as a table
-to standard output. The bytes that a step sends are counted by tests/test_traffic.py.
+to standard output. The bytes that a step sends are counted by tests/jobs/test_traffic.py.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def _work(folder: Path) -> int:
-    from irtune import runtime
+    from irtune.distributed import runtime
 
     world = runtime.read_world()
     runtime.start(world, 300)
@@ -94,7 +94,7 @@ def _work(folder: Path) -> int:
 
 def _measured(point: Point, folder: Path) -> dict[str, Any]:
     """Median seconds of a step, and of a selection that changes half of the trained layers."""
-    from irtune.layer_choice import verify_selection
+    from irtune.train.layer_selection import verify_selection
 
     engine = _engine(point, folder)
     first, second = _selections(point.layers)
@@ -128,10 +128,10 @@ def _selections(layers: int) -> tuple[list[int], list[int]]:
 
 
 def _engine(point: Point, folder: Path):
-    from benchmarks.memory_cases import SHAPES, save_model
-    from irtune import runtime
-    from irtune.adapters import add_adapters
+    from benchmarks.memory.cases import SHAPES, save_model
+    from irtune.adapters.build import add_adapters
     from irtune.config import AdapterConfig, ModelConfig, OptimConfig
+    from irtune.distributed import runtime
     from irtune.engine import Engine
     from irtune.models import load_classifier
 

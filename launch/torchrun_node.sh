@@ -12,4 +12,4 @@
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-exec python "$ROOT/launch/rendezvous.py" "$@"
+exec python "$ROOT/launch/lib/rendezvous.py" "$@"

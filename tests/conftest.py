@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from irtune.launcher import data_folder
-from tests import tiny
+from irtune.distributed.environment import data_folder
+from tests.support import tiny
 
 torch.set_num_threads(1)
 if "IRTUNE_CACHE" not in os.environ:  # token ids of tiny corpora are not for the user's cache
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2 ranks x 2 accumulation steps under ZeRO 2: what other splits and stages must equal. With plan and pictures."""
-    from tests.runs import launch  # here: tests without processes need none of what it imports
+    from tests.support.runs import launch  # here: tests without processes need none of what it imports
 
     folder = tmp_path_factory.mktemp("base") / "run"
     return launch(tiny.tiny_config(llama, corpus, folder, optim__gradient_accumulation_steps=2), 2, whole=True)

@@ -6,7 +6,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from irtune.zero import is_partitioned
+from irtune.distributed.partitioned import is_partitioned
 
 
 class CastLinear(nn.Linear):

@@ -10,11 +10,11 @@ from peft.tuners.lora import LoraLayer, dora, layer
 from torch import nn
 
 from irtune.adapters.linear import AdapterLinear, add_in_product, compute_in_input_dtype
-from irtune.anatomy import linear_names
 from irtune.config.schema import AdapterConfig
+from irtune.distributed.partitioned import whole
 from irtune.errors import ConfigError
 from irtune.models import Classifier
-from irtune.zero import whole
+from irtune.models.anatomy import linear_names
 
 
 def wanted_modules(names: list[str], adapter: AdapterConfig) -> list[str]:

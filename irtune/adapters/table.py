@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from irtune.adapters.idle import IdleAdapters
-from irtune.anatomy import Anatomy
 from irtune.errors import ModelError
+from irtune.models.anatomy import Anatomy
 
 Named = list[tuple[str, nn.Parameter]]
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from irtune import runtime
-from irtune.config.safety import RISKS, redact
-from irtune.runtime import World
+from irtune.config.schema import RISKS
+from irtune.distributed import runtime
+from irtune.distributed.runtime import World
+from irtune.redaction import redact
 
 TIMEOUT_SECONDS = 1800
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from irtune.checkpoint import writing
 from irtune.commands.common import show
-from irtune.compare.grid import Cell
-from irtune.compare.launch import Outcome, check_folders, run_cell
+from irtune.commands.compare.grid import Cell
+from irtune.commands.compare.runs import Outcome, check_folders, run_cell
 from irtune.config import load_config
 from irtune.errors import ConfigError
+from irtune.files import writing
 
 METRICS = ("accuracy", "macro_f1", "auprc")
 log = logging.getLogger("irtune")

@@ -10,7 +10,7 @@ from irtune.commands.common import show, show_json, table
 from irtune.config import load_config
 from irtune.data import Corpus, Encoder, Example, read_corpus
 from irtune.errors import ConfigError
-from irtune.models import load_tokenizer
+from irtune.models.classifier import load_tokenizer
 
 HELP = """usage: python -m irtune data stats --data PATH [--section.key value ...] [--tokens] [--json]
 

@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from irtune import launcher, machine, runtime
 from irtune.commands.common import parser, ranks, show, show_json, table
+from irtune.distributed import environment, node_facts, runtime
+from irtune.distributed.network import interfaces
+from irtune.distributed.node_facts import Facts
+from irtune.distributed.runtime import World
+from irtune.distributed.versions import versions
 from irtune.errors import ConfigError
-from irtune.machine import Facts
-from irtune.runtime import World
 
 # What irtune sends: a score per layer at a selection, and the gradients of the layers that train at a step.
 SIZES = {
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     given = options.parse_args(list(arguments))
     if given.ranks is not None and not 1 <= given.ranks <= 1024:
         raise ConfigError(f"--ranks is {given.ranks}; accepted: 1 to 1024")
-    if launcher.variable("WORLD_SIZE", ""):
+    if environment.variable("WORLD_SIZE", ""):
         with ranks() as world:
             found = examine(world)
         if world.is_main:
@@ -81,26 +83,26 @@ def _of_ranks(count: int) -> dict[str, Any]:
 
 def examine(world: World) -> dict[str, Any]:
     """Everything in plain JSON types, the same on all ranks. Collective; `problems` has a sentence each."""
-    mine = Facts(node=machine.node_name(), versions=machine.versions(), digest="")
+    mine = Facts(node=node_facts.node_name(), versions=versions(), digest="")
     runtime.barrier()
     facts = runtime.all_gather_object(Facts(**vars(mine) | {"clock": time.time()}))
-    here = {"node": machine.node_name(), "notes": _notes(world), "problems": _problems(),
-            "interfaces": [vars(one) for one in machine.interfaces()]}  # fmt: skip
+    here = {"node": node_facts.node_name(), "notes": _notes(world), "problems": _problems(),
+            "interfaces": [vars(one) for one in interfaces()]}  # fmt: skip
     nodes = list({one["node"]: one for one in runtime.all_gather_object(here)}.values())
     several = len(nodes) > 1
-    problems = machine.unequal_versions(facts)
+    problems = node_facts.unequal_versions(facts)
     rows, wrong = _measure(world)
     problems += [f"{one['node']}: {text}" if several else text for one in nodes for text in one["problems"]]
     notes = [f"{one['node']}: {text}" if several else text for one in nodes for text in one["notes"]]
-    clocks = machine.clock_difference(facts)
+    clocks = node_facts.clock_difference(facts)
     return {
-        "versions": machine.versions(),
+        "versions": versions(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "accelerators": _accelerators(),
         "backends": [name for name in ("nccl", "gloo") if getattr(dist, f"is_{name}_available")()],
         "used_backend": dist.get_backend() if dist.is_initialized() else None,
-        "variables": {name: launcher.variable(name, "") or None for name in (*SOCKETS, "OMP_NUM_THREADS")},
+        "variables": {name: environment.variable(name, "") or None for name in (*SOCKETS, "OMP_NUM_THREADS")},
         "nodes": [{key: one[key] for key in ("node", "interfaces")} for one in nodes],
         "ranks": world.size,
         "all_reduce": rows,
@@ -150,9 +152,9 @@ def _problems() -> list[str]:
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         build = "is built without CUDA" if torch.version.cuda is None else "cannot use the driver"
         problems.append(f"there is an NVIDIA driver, but torch {torch.__version__} {build}: training would use the CPU")
-    names = [one.name for one in machine.interfaces()]
+    names = [one.name for one in interfaces()]
     for variable in SOCKETS:
-        wanted = launcher.variable(variable, "")
+        wanted = environment.variable(variable, "")
         if not wanted or wanted.startswith("^"):
             continue
         exact = variable.startswith("GLOO") or wanted.startswith("=")
@@ -187,19 +189,19 @@ def _notes(world: World) -> list[str]:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
         address = ""
-    if (not address or address.startswith("127.")) and not launcher.variable("GLOO_SOCKET_IFNAME", ""):
+    if (not address or address.startswith("127.")) and not environment.variable("GLOO_SOCKET_IFNAME", ""):
         notes.append(
             f"the host name {socket.gethostname()} stands for {address or 'no address'}: with several nodes irtune "
             "takes the interface on the way to MASTER_ADDR; set GLOO_SOCKET_IFNAME for another one"
         )
     threads = torch.get_num_threads()
-    here = launcher.variable("LOCAL_WORLD_SIZE", launcher.variable("LOCAL_SIZE", "1"))
+    here = environment.variable("LOCAL_WORLD_SIZE", environment.variable("LOCAL_SIZE", "1"))
     if world.device.type == "cpu" and int(here) * threads > (os.cpu_count() or 1):
         notes.append(
             f"{here} ranks x {threads} threads on {os.cpu_count()} cores: set OMP_NUM_THREADS to cores / ranks"
         )
-    cache = launcher.cache_folder()
-    if not os.access(machine.nearest_folder(str(cache)), os.W_OK):
+    cache = environment.cache_folder()
+    if not os.access(node_facts.nearest_folder(str(cache)), os.W_OK):
         notes.append(f"{cache} cannot be written: token ids are made anew at every start (IRTUNE_CACHE)")
     return notes
 

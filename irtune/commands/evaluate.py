@@ -8,14 +8,14 @@ from typing import Any
 
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from irtune import runtime
-from irtune.checkpoint import writing
 from irtune.commands.common import a_path, add_json, add_run, parser, ranks, show, show_json, table, trusted
-from irtune.compare.significance import intervals
 from irtune.data import Example, read_split
-from irtune.evaluation import Predictions, metrics
-from irtune.inference import LoadedRun, load_run
-from irtune.pictures import confusion_map
+from irtune.distributed import runtime
+from irtune.evaluation.bootstrap import intervals
+from irtune.evaluation.metrics import Predictions, metrics
+from irtune.evaluation.saved_run import LoadedRun, load_run
+from irtune.files import writing
+from irtune.tracking.pictures import confusion_map
 
 MISTAKES = 20
 BINS = 15  # of the calibration error, as Guo et al. (ICML 2017) have it

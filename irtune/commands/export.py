@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from irtune.checkpoint import writing
 from irtune.commands.common import a_path, add_folder, parser, show, trusted
 from irtune.data import Example, collate
 from irtune.errors import ConfigError, RunError
-from irtune.inference import ADAPTER_FILES, LoadedRun, is_peft_adapter, load_run, read_run
+from irtune.evaluation.saved_run import ADAPTER_FILES, LoadedRun, is_peft_adapter, load_run, read_run
+from irtune.files import writing
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
 PROBES = (

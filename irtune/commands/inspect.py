@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from irtune.checkpoint import writing
 from irtune.commands.common import a_path, add_json, parser, show, show_json, table
-from irtune.config.plausible import brief
-from irtune.errors import RunError
-from irtune.pictures import arrays, rgb, row, score_map, trained_map
+from irtune.errors import RunError, brief
+from irtune.files import writing
+from irtune.tracking.pictures import arrays, rgb, row, score_map, trained_map
 
 BAR = 24
 MAX_LAYERS = 10_000

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from irtune.commands.common import show, show_json, table
 from irtune.config import load_config
-from irtune.config.batch import accumulation, for_ranks, rows_at_once
-from irtune.config.engine_json import read_engine_json
-from irtune.config.validate import PLAIN_BASE
+from irtune.config.batch_size import accumulation, for_ranks, rows_at_once
+from irtune.config.checks import PLAIN_BASE
+from irtune.config.deepspeed_json import read_engine_json
 from irtune.errors import ConfigError
-from irtune.planner import Estimate, count, estimate
+from irtune.memory import Estimate, count, estimate
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 HELP = """usage: python -m irtune plan --config FILE [--gpus N] [--zero S] [--gpu-memory 80GiB] [--json]

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from irtune.checkpoint import writing
 from irtune.commands.common import a_path, add_run, parser, ranks, trusted
 from irtune.data import Example, NumberedRows, parse_json_lines, read_table
-from irtune.data.cells import as_text, listed
+from irtune.data.readers.cells import as_text, listed
 from irtune.errors import ConfigError, DataError
-from irtune.inference import LoadedRun, load_run
+from irtune.evaluation.saved_run import LoadedRun, load_run
+from irtune.files import writing
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".tsv")
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
-from irtune.config.batch import for_ranks
-from irtune.config.engine_json import read_engine_json
+from irtune.config.batch_size import for_ranks
+from irtune.config.deepspeed_json import read_engine_json
 from irtune.data import Corpus, Encoder, plan_batches, read_corpus
+from irtune.distributed.runtime import read_world
+from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError, IrtuneError
-from irtune.memory import device_memory_bytes
-from irtune.models import load_tokenizer
-from irtune.planner import describe, plan_run, shortage
-from irtune.runtime import read_world
-from irtune.zero import unknown_zero_keys
+from irtune.memory import describe, plan_run, shortage
+from irtune.memory.measure import device_memory_bytes
+from irtune.models.classifier import load_tokenizer
 
 SHOWN = 3
 RARE = 20

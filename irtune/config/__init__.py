@@ -1,5 +1,6 @@
 """Configuration: typed sections, YAML plus dotted overrides, one validation pass that reports every error at once."""
 
+from irtune.config.checks import check_config
 from irtune.config.load import load_config, parser, write_config
 from irtune.config.schema import (
     AdapterConfig,
@@ -10,7 +11,6 @@ from irtune.config.schema import (
     RunConfig,
     TuningConfig,
 )
-from irtune.config.validate import check_config
 
 __all__ = [
     "AdapterConfig",

@@ -10,11 +10,9 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from irtune.config.engine_json import read_engine_json
-from irtune.config.plausible import brief, implausible
+from irtune.config.checks import check_config
+from irtune.config.deepspeed_json import read_engine_json
 from irtune.config.presets import fill_presets
-from irtune.config.recipe import parse_yaml, read_recipe
-from irtune.config.safety import redact, without_secrets
 from irtune.config.schema import (
     AdapterConfig,
     Config,
@@ -24,8 +22,10 @@ from irtune.config.schema import (
     RunConfig,
     TuningConfig,
 )
-from irtune.config.validate import check_config
-from irtune.errors import ConfigError
+from irtune.config.values import implausible
+from irtune.config.yaml_file import parse_yaml, read_recipe
+from irtune.errors import ConfigError, brief
+from irtune.redaction import redact, without_secrets
 
 SECTIONS: dict[str, Any] = {
     "model": ModelConfig,

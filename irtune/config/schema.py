@@ -248,3 +248,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     deepspeed: str = "ds_configs/zero2.json"
     """DeepSpeed JSON file with the engine's settings."""
+
+
+# Options of the section model by which code that comes with a model runs. Whoever loads a run's folder has to ask for
+# them again: the folder may be another's.
+RISKS = ("trust_remote_code", "allow_pickle")

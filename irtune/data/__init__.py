@@ -1,10 +1,10 @@
 """Corpora, prompts and batches."""
 
 from irtune.data.batches import BatchPlan, collate, evaluation_batches, plan_batches
-from irtune.data.corpus import Corpus, Example, read_corpus, read_split
+from irtune.data.corpus import Corpus, Example, corpus_digest, read_corpus, read_split
 from irtune.data.prompts import Encoder
-from irtune.data.tables import NumberedRows, parse_json_lines, read_table
-from irtune.data.token_cache import TokenCache, corpus_digest, encoder_digest
+from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
+from irtune.data.token_cache import TokenCache, encoder_digest
 
 __all__ = [
     "BatchPlan",

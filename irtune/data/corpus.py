@@ -1,16 +1,21 @@
 """A corpus: splits of examples and the list of labels, from a file, a folder or a hub id."""
 
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from irtune.config.safety import redact
+import numpy as np
+
 from irtune.config.schema import DataConfig
-from irtune.data.cells import check_looks
-from irtune.data.folds import fold_of
-from irtune.data.hub import hub_rows, hub_splits
-from irtune.data.records import Record, RecordReader
-from irtune.data.tables import SUFFIXES, table_rows
+from irtune.data.readers.cells import check_looks
+from irtune.data.readers.hub import hub_rows, hub_splits
+from irtune.data.readers.records import Record, RecordReader
+from irtune.data.readers.tables import SUFFIXES, table_rows
 from irtune.errors import DataError
+from irtune.redaction import redact
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 
@@ -207,3 +212,36 @@ def _label_names(tables: Tables, data: DataConfig) -> list[str]:
     if isinstance(data.labels, dict):
         return list(dict.fromkeys(data.labels.values()))
     return list(data.labels) if data.labels is not None else sorted(train)
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """SHA-256 of labels and examples, in their order: the same wherever the corpus lies and whatever its format."""
+    found = hashlib.sha256(json.dumps(corpus.labels).encode())
+    for split, examples in corpus.splits.items():
+        found.update(f"\0{split} {len(examples)}\0".encode())
+        for one in examples:
+            found.update(repr((one.id, one.before, one.after, one.label, one.group)).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def fold_of(labels: Sequence[str], groups: Sequence[str], folds: int, seed: int) -> list[int]:
+    """The fold, 0 to `folds` - 1, of each example.
+
+    Examples of one group (a document) are in one fold. A label whose examples are all in one fold stays out of every
+    fold (-1: always in training): it could not be learnt when that fold is held out.
+    """
+    # Imported here: it takes more than a second, and most runs have a dev split.
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a label rarer than folds cannot be in each of them: expected here
+        splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed % 2**32)
+        result = np.zeros(len(labels), dtype=int)
+        for number, (_, held_out) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+            result[held_out] = number
+    for label in set(labels):
+        places = [i for i, name in enumerate(labels) if name == label]
+        if len({int(result[i]) for i in places}) == 1:
+            kept = {groups[i] for i in places}
+            result[[i for i, group in enumerate(groups) if group in kept]] = -1
+    return [int(number) for number in result]

@@ -19,25 +19,15 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from irtune.cache import remove_oldest
 from irtune.data.corpus import Corpus, Example
 from irtune.data.prompts import Encoder
+from irtune.files import remove_oldest
 
 Encoded = dict[str, list[dict[str, list[int]]]]  # by split: what `Encoder.encode` makes of each example
 FORMAT = 1
 ENTRIES = 20  # corpora, models and lengths that are kept; the one longest unused goes first
 IDS, STARTS, TYPES = "input_ids", "starts", "token_type_ids"
 log = logging.getLogger("irtune")
-
-
-def corpus_digest(corpus: Corpus) -> str:
-    """SHA-256 of labels and examples, in their order: the same wherever the corpus lies and whatever its format."""
-    found = hashlib.sha256(json.dumps(corpus.labels).encode())
-    for split, examples in corpus.splits.items():
-        found.update(f"\0{split} {len(examples)}\0".encode())
-        for one in examples:
-            found.update(repr((one.id, one.before, one.after, one.label, one.group)).encode("utf-8", "surrogatepass"))
-    return found.hexdigest()
 
 
 def encoder_digest(encoder: Encoder) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from irtune.selection.base import Chooser, Observation
+from irtune.selection.chooser import Chooser, Observation
 
 
 class SubsetChooser(Chooser):

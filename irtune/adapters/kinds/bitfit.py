@@ -2,8 +2,7 @@
 
 from torch import nn
 
-from irtune.adapters.biases import layer_biases
-from irtune.adapters.trained import freeze, layer_list, train_with_head
+from irtune.adapters.trainable import freeze, layer_biases, layer_list, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from irtune.adapters.linear import AdapterLinear
-from irtune.adapters.scaling import Scaled
-from irtune.adapters.trained import freeze, layer_list, train_with_head
-from irtune.anatomy import ATTENTION_NAMES, is_linear
+from irtune.adapters.suppress import Scaled
+from irtune.adapters.trainable import freeze, layer_list, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ModelError
 from irtune.models import Classifier
+from irtune.models.anatomy import ATTENTION_NAMES, is_linear
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 

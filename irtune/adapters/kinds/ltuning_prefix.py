@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from irtune.adapters.attention import AttentionPlace, KeysAndValues, attention_places
-from irtune.adapters.label_texts import candidate_logits, label_states, per_label
-from irtune.adapters.trained import freeze, train_with_head
+from irtune.adapters.ltuning import candidate_logits, label_states, per_label
+from irtune.adapters.prefix_attention import AttentionPlace, KeysAndValues, attention_places
+from irtune.adapters.trainable import freeze, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 

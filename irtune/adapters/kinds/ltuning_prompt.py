@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from irtune.adapters.label_texts import candidate_logits, label_states, per_label
+from irtune.adapters.ltuning import candidate_logits, label_states, per_label
 from irtune.adapters.soft_tokens import SoftTokens
-from irtune.adapters.trained import freeze, train_with_head
+from irtune.adapters.trainable import freeze, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 

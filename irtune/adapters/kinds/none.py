@@ -6,7 +6,7 @@ optimizer state is large, and choosing layers saves most.
 
 from torch import nn
 
-from irtune.adapters.trained import freeze, layer_list, train_with_head
+from irtune.adapters.trainable import freeze, layer_list, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 

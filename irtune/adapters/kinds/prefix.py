@@ -7,8 +7,8 @@ outside the layers, each layer has its own, so that layers can be chosen; and th
 import torch
 from torch import nn
 
-from irtune.adapters.attention import AttentionPlace, KeysAndValues, attention_places
-from irtune.adapters.trained import freeze, train_with_head
+from irtune.adapters.prefix_attention import AttentionPlace, KeysAndValues, attention_places
+from irtune.adapters.trainable import freeze, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from irtune.adapters.soft_tokens import SoftTokens
-from irtune.adapters.trained import freeze, train_with_head
+from irtune.adapters.trainable import freeze, train_with_head
 from irtune.config.schema import AdapterConfig
+from irtune.distributed.partitioned import whole
 from irtune.models import Classifier
-from irtune.zero import whole
 
 EVERY_LAYER = False
 BELOW = True

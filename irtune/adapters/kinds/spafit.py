@@ -7,13 +7,12 @@ import math
 
 from torch import nn
 
-from irtune.adapters.biases import layer_biases
 from irtune.adapters.low_rank import add_low_rank, target_pattern
-from irtune.adapters.trained import freeze, layer_list, train_with_head
-from irtune.anatomy import ATTENTION_NAMES, linear_names
+from irtune.adapters.trainable import freeze, layer_biases, layer_list, train_with_head
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ConfigError, ModelError
 from irtune.models import Classifier
+from irtune.models.anatomy import ATTENTION_NAMES, linear_names
 
 EVERY_LAYER = False
 

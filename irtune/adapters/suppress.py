@@ -1,0 +1,119 @@
+"""Turn what some layers have learnt down for a measurement."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from irtune.adapters.table import LayerTable, Named
+from irtune.distributed.partitioned import is_partitioned, join_shares
+
+FACTOR = re.compile(r"(?:^|\.)lora_[AB]\.")  # not DoRA's magnitude, which no scaling turns down
+Gathered = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[None]]
+
+
+class Scaled(nn.Module):
+    """An adapter whose output is multiplied by `scaling`."""
+
+    scaling: float = 1.0
+
+
+def remember_origins(table: LayerTable) -> None:
+    """Keep the first values, on the CPU, of parameters that no scaling can turn down: `suppressed` needs them.
+
+    Of partitioned ones, each rank keeps its share.
+    """
+    for name, parameter in _unscaled(table):
+        if is_partitioned(parameter):
+            table.shares.add(name)
+        held = getattr(parameter, "ds_tensor", parameter)
+        table.origins[name] = held.detach().cpu().clone()
+
+
+def _origin(table: LayerTable, name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """The first value of a parameter, whole, where the parameter is."""
+    kept = table.origins[name].to(parameter.device)
+    return join_shares(kept, parameter) if name in table.shares else kept
+
+
+def _unscaled(table: LayerTable) -> Named:
+    scaled = {
+        id(parameter)
+        for module in table.modules
+        for part in module.modules()
+        if isinstance(part, Scaled) or _starts_at_zero(part)
+        for name, parameter in part.named_parameters()
+        if isinstance(part, Scaled) or FACTOR.search(name)
+    }
+    return [(name, parameter) for layer in table.layers for name, parameter in layer if id(parameter) not in scaled]
+
+
+def _starts_at_zero(part: nn.Module) -> bool:
+    """Whether `part` is a layer of peft whose update is zero at first: PiSSA's holds a part of the weight itself."""
+    scales = isinstance(part, BaseTunerLayer) and isinstance(getattr(part, "scaling", None), dict)
+    return scales and not getattr(part, "holds_weight", False)
+
+
+@contextlib.contextmanager
+def suppressed(
+    table: LayerTable,
+    layers: Sequence[int],
+    factor: float = 0.25,
+    gathered: Gathered = lambda _: contextlib.nullcontext(),
+) -> Iterator[None]:
+    """Multiply what the adapters in `layers` do by `factor` inside the block.
+
+    Adapters that have a scaling are scaled. Other parameters (biases, a layer's own weights, prefixes) move back
+    towards their first value theta_0: theta_0 + factor (theta - theta_0), which is the same thing for an update that
+    starts at zero; `remember_origins` must have been called for them. Afterwards everything is what it was, bit for
+    bit, also when an exception flies.
+
+    Args:
+        table: the model's parameters by layer.
+        layers: the layers to turn down.
+        factor: what remains of them.
+        gathered: a context in which parameters are whole and writable (ZeRO 3 keeps them in pieces).
+    """
+    moved = [(name, p) for layer in layers for name, p in table.layers[layer] if name in table.origins]
+    parameters = [parameter for _, parameter in moved]
+    kept: list[torch.Tensor] = []
+    try:
+        _scale(table, layers, factor)
+        if moved:
+            with torch.no_grad(), gathered(parameters):
+                for name, parameter in moved:
+                    kept.append(parameter.data.clone())
+                    origin = _origin(table, name, parameter)
+                    parameter.data.copy_(origin + factor * (parameter.data - origin))
+        yield
+    finally:
+        _unscale(table, layers)
+        if kept:
+            with torch.no_grad(), gathered(parameters):
+                for parameter, value in zip(parameters, kept):
+                    parameter.data.copy_(value)
+
+
+def _scale(table: LayerTable, layers: Sequence[int], factor: float) -> None:
+    for layer in layers:
+        for module in table.modules[layer].modules():
+            scaling = getattr(module, "scaling", None)
+            if isinstance(module, Scaled):
+                module.full_scaling = module.scaling  # type: ignore[assignment]
+                module.scaling = module.scaling * factor
+            elif _starts_at_zero(module) and isinstance(scaling, dict):
+                module.full_scaling = dict(scaling)  # type: ignore[assignment]
+                scaling.update({name: value * factor for name, value in scaling.items()})
+
+
+def _unscale(table: LayerTable, layers: Sequence[int]) -> None:
+    for layer in layers:
+        for module in table.modules[layer].modules():
+            full = module.__dict__.pop("full_scaling", None)
+            if isinstance(full, dict):
+                module.scaling.update(full)  # type: ignore[union-attr, operator]
+            elif full is not None:
+                module.scaling = full

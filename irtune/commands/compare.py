@@ -1,5 +1,0 @@
-"""`python -m irtune compare`."""
-
-from irtune.compare import compare as main
-
-__all__ = ["main"]

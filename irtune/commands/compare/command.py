@@ -1,0 +1,118 @@
+"""`python -m irtune compare`: the runs of a grid one after another, then the table, the numbers and the picture."""
+
+import argparse
+import logging
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from irtune.commands.compare.grid import Cell, build_grid, parse_corpora, parse_variants
+from irtune.commands.compare.linear import LinearResult, linear_baseline
+from irtune.commands.compare.runs import Outcome, check_folders, run_cell
+from irtune.config import load_config
+from irtune.data import read_corpus
+from irtune.errors import ConfigError
+from irtune.files import writing
+
+log = logging.getLogger("irtune")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of compare; everything else is an option of the trainer, for all runs."""
+    built = argparse.ArgumentParser(
+        prog="python -m irtune compare",
+        allow_abbrev=False,
+        description="Train every method on every corpus with every seed, and compare. Options of the trainer "
+        "(--config FILE, --optim.lr 1e-4, ...) hold for all runs. Stop it and start it again as you like: finished "
+        "runs are kept. Writes compare.md, compare.csv and compare.png.",
+        epilog="example: python -m irtune compare --config launch/recipes/iterater-smollm2.yaml --methods full,rst,ir "
+        "--seeds 3 --budget 6 --data iterater-human=corpus/",
+    )
+    built.add_argument("--methods", required=True, help="for example full,rst,ist,lisa,ir,ir+preset=reference")
+    built.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ... (default 3)")
+    built.add_argument("--adapters", help="adapter types, for example lora,dora (default: the recipe's)")
+    built.add_argument("--data", help="corpora as PATH or PRESET=PATH, comma-separated (default: the recipe's)")
+    built.add_argument("--budget", help="layers, or a fraction of them, for every method that can keep a budget")
+    built.add_argument("--ranks", type=int, help="processes per run (default: one per GPU, else 1)")
+    built.add_argument("--output_dir", default="runs/compare", help="folder of the runs and the results")
+    return built
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Run or continue a comparison; returns 0, also when some of its runs failed: they are rows with their errors.
+
+    Raises:
+        ConfigError: for every mistake in the options, before the first run.
+    """
+    options, trainer = parser().parse_known_args(list(arguments))
+    if options.seeds < 1 or (options.ranks is not None and options.ranks < 1):
+        raise ConfigError(f"--seeds is {options.seeds}, --ranks is {options.ranks}; accepted: whole numbers from 1")
+    folder = Path(options.output_dir).expanduser()
+    cells = build_grid(
+        variants=parse_variants(options.methods),
+        adapters=options.adapters.split(",") if options.adapters else [None],
+        corpora=parse_corpora(options.data),
+        seeds=options.seeds,
+        budget=options.budget,
+        folder=folder,
+        arguments=trainer,
+    )
+    check_folders(cells)
+    linear = {cell.data: _linear(cell) for cell in {cell.data: cell for cell in cells}.values()}
+    ranks = options.ranks or max(1, torch.cuda.device_count())
+    outcomes: list[Outcome] = []
+    for number, cell in enumerate(cells, 1):
+        log.info("run %d of %d: %s", number, len(cells), cell.title)
+        outcomes.append(run_cell(cell, ranks))
+        log.info("  %s", _brief(outcomes[-1]))
+        write_report(outcomes, linear, folder, _notes(arguments, ranks))  # also when it is stopped half-way
+    log.info("%s", (folder / "compare.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def _linear(cell: Cell) -> LinearResult:
+    log.info("linear baseline on %s", cell.data)
+    return linear_baseline(read_corpus(load_config(cell.arguments).data))
+
+
+def _brief(outcome: Outcome) -> str:
+    if outcome.results is None:
+        return f"failed: {outcome.error}"
+    dev = outcome.results["dev"]
+    return (
+        f"dev accuracy {dev['accuracy']:.3f}, macro-F1 {dev['macro_f1']:.3f}, "
+        f"{outcome.results['layers_trained_per_step']:.1f} layers per step, {outcome.results['wall_seconds']:.0f} s"
+    )
+
+
+def write_report(outcomes: list[Outcome], linear: dict[str, LinearResult], folder: Path, notes: list[str]) -> None:
+    """Write compare.md, compare.csv and compare.png from what is known so far."""
+    # Drawing needs matplotlib, which takes a second to load.
+    from irtune.commands.compare.picture import draw
+    from irtune.commands.compare.report import build_rows, write_csv, write_markdown
+
+    rows = build_rows(outcomes, linear)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(rows, folder / "compare.csv")
+        settings = [f"Linear baseline on {data}: {result.setting}" for data, result in linear.items()]
+        write_markdown(rows, folder / "compare.md", [*notes, *settings])
+        draw(outcomes, rows, folder / "compare.png")
+
+
+def _notes(arguments: Sequence[str], ranks: int) -> list[str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    return [
+        f"Command: `python -m irtune compare {shlex.join(arguments)}`",
+        "",
+        f"{ranks} rank(s) on {device}; Python {platform.python_version()} on {sys.platform}; {versions}. "
+        "Macro-F1 minus full: paired bootstrap over examples, 10,000 resamples, 95 % interval and two-sided p.",
+        "",
+    ]

@@ -1,0 +1,134 @@
+"""Which runs a comparison consists of, and the command-line arguments of each."""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from irtune.config import load_config
+from irtune.errors import ConfigError
+from irtune.selection.registry import takes_budget
+
+VARIANT_KEY = re.compile(r"[a-z_]+")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with keys of the tuning section, as `ir+preset=reference` spells it."""
+
+    name: str
+    method: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    def arguments(self, budget: str | None) -> list[str]:
+        """Options of the trainer; `budget` holds where the method can keep one and sets none of its own."""
+        settings = dict(self.settings)
+        reference = settings.get("preset") == "reference" or settings.get("rule") == "reference"
+        if budget is not None and "budget" not in settings and takes_budget(self.method) and not reference:
+            settings["budget"] = budget
+        return [f"--tuning.method={self.method}", *(f"--tuning.{key}={value}" for key, value in settings.items())]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus of the comparison: what the user wrote, its short name and the trainer's options for it."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its place in the grid, its folder, and the trainer's command line."""
+
+    data: str
+    adapter: str
+    variant: str
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...] = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.data}, {self.adapter}, {self.variant}, seed {self.seed}"
+
+
+def parse_variants(text: str) -> list[Variant]:
+    """Methods from a comma-separated list such as `full,ir,ir+preset=reference+interval=5`.
+
+    Raises:
+        ConfigError: for a variant that is not spelt METHOD or METHOD+KEY=VALUE.
+    """
+    variants, problems = [], []
+    for name in _listed(text):
+        method, *pairs = name.split("+")
+        settings = [tuple(pair.split("=", 1)) for pair in pairs]
+        if not method or any(len(pair) != 2 or not VARIANT_KEY.fullmatch(pair[0]) for pair in settings):
+            problems.append(f"--methods: {name!r} is no METHOD or METHOD+KEY=VALUE, with a KEY of the tuning section")
+        else:
+            variants.append(Variant(name, method, tuple((key, value) for key, value in settings)))
+    problems += [f"--methods names {name!r} twice" for name in {v.name for v in variants if variants.count(v) > 1}]
+    if problems or not variants:
+        raise ConfigError(problems or ["--methods is empty; for example full,rst,ir"])
+    return variants
+
+
+def parse_corpora(text: str | None) -> list[Corpus]:
+    """Corpora from a comma-separated list of PATH or PRESET=PATH; without one, that of the recipe."""
+    if text is None:
+        return [Corpus("recipe", ())]
+    corpora = []
+    for item in _listed(text):
+        preset, _, path = item.rpartition("=")
+        arguments = (f"--data.path={path}", *([f"--data.preset={preset}"] if preset else []))
+        corpora.append(Corpus(preset or Path(path).stem, arguments))
+    names = [corpus.name for corpus in corpora]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"--data: {text!r}; accepted: PATH or PRESET=PATH, comma-separated, each with another name")
+    return corpora
+
+
+def build_grid(
+    *,
+    variants: list[Variant],
+    adapters: list[str | None],
+    corpora: list[Corpus],
+    seeds: int,
+    budget: str | None,
+    folder: Path,
+    arguments: list[str],
+) -> list[Cell]:
+    """Every run, seed by seed, so that a comparison that is cut short has something of everything.
+
+    Raises:
+        ConfigError: with the errors of all configurations at once.
+    """
+    cells, problems = [], dict[str, None]()
+    for seed in range(seeds):
+        for corpus in corpora:
+            for adapter in adapters:
+                for variant in variants:
+                    place = folder / corpus.name / (adapter or "adapter") / _folder_name(variant.name) / f"seed_{seed}"
+                    own = [*corpus.arguments, *([f"--adapter.type={adapter}"] if adapter else [])]
+                    line = [*arguments, *own, *variant.arguments(budget), f"--run.seed={seed}"]
+                    line.append(f"--run.output_dir={place}")
+                    try:
+                        config = load_config(line)
+                    except ConfigError as error:
+                        problems |= dict.fromkeys(error.problems)
+                        continue
+                    cells.append(Cell(corpus.name, config.adapter.type, variant.name, seed, place, tuple(line)))
+    if problems:
+        raise ConfigError(list(problems))
+    return cells
+
+
+def _folder_name(name: str) -> str:
+    """The variant's name where it is a harmless file name; a short hash keeps others apart."""
+    safe = re.sub(r"[^\w.,=+-]", "_", name)
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]

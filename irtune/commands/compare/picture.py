@@ -1,0 +1,84 @@
+"""compare.png: training loss over time, and dev macro-F1, of every method."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from irtune.commands.compare.report import LINEAR, Row
+from irtune.commands.compare.runs import Outcome
+
+WINDOW = 5
+
+
+def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path) -> None:
+    """One line of panels per corpus: loss curves on the left, macro-F1 with its spread over seeds on the right."""
+    corpora = list(dict.fromkeys(row["data"] for row in rows))
+    figure, panels = plt.subplots(len(corpora), 2, figsize=(12, 4 * len(corpora)), squeeze=False)
+    for data, (left, right) in zip(corpora, panels):
+        here = [row for row in rows if row["data"] == data]
+        names = [_name(row["adapter"], row["method"], rows) for row in here if row["method"] != LINEAR]
+        colours = dict(zip(names, plt.get_cmap("tab10").colors * 3))  # type: ignore[attr-defined]
+        _losses(left, [o for o in outcomes if o.cell.data == data], rows, colours)
+        left.set_title(f"{data}: training loss")
+        _bars(right, here, rows, colours)
+        right.set_title(f"{data}: dev macro-F1")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _name(adapter: str, method: str, rows: Sequence[Row]) -> str:
+    several = len({row["adapter"] for row in rows if row["adapter"]}) > 1
+    return f"{adapter} {method}" if several and adapter else method
+
+
+def _losses(axes: Axes, outcomes: Sequence[Outcome], rows: Sequence[Row], colours: dict) -> None:
+    """One line per method: mean over seeds, then a running mean, since batches of short and long texts differ a lot."""
+    for name, colour in colours.items():
+        runs = [
+            _logged(outcome)
+            for outcome in outcomes
+            if outcome.results is not None and _name(outcome.cell.adapter, outcome.cell.variant, rows) == name
+        ]
+        if not runs:
+            continue
+        length = min(len(run) for run in runs)
+        seconds, losses = np.mean([run[:length] for run in runs], axis=0).T
+        width = max(1, min(WINDOW, length // 4))
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(seconds[width - 1 :], smooth, color=colour, linewidth=1.5, label=name)
+    axes.set_xlabel("training time (seconds, mean over seeds)")
+    axes.set_ylabel(f"loss (running mean of up to {WINDOW} log lines)")
+    if axes.lines:
+        axes.legend(fontsize="small")
+
+
+def _logged(outcome: Outcome) -> np.ndarray:
+    """Seconds since the start and loss of each log line, float64 [lines, 2]."""
+    lines = (outcome.cell.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    return np.column_stack([np.cumsum([r["seconds"] for r in records]), [r["loss"] for r in records]])
+
+
+def _bars(axes: Axes, here: Sequence[Row], rows: Sequence[Row], colours: dict) -> None:
+    shown = [row for row in here if row["method"] != LINEAR and row.get("dev_macro_f1") is not None]
+    names = [_name(row["adapter"], row["method"], rows) for row in shown]
+    axes.barh(
+        names,
+        [row["dev_macro_f1"] for row in shown],
+        xerr=[row.get("dev_macro_f1_sd") or 0.0 for row in shown],
+        color=[colours[name] for name in names],
+    )
+    axes.invert_yaxis()
+    linear = [row["dev_macro_f1"] for row in here if row["method"] == LINEAR]
+    if linear:
+        axes.axvline(linear[0], color="black", linestyle="--", linewidth=1, label=LINEAR)
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False)
+    axes.set_xlabel("macro-F1 (mean and standard deviation over seeds)")

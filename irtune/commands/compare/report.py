@@ -1,0 +1,155 @@
+"""From the outcomes of a comparison to rows, compare.csv and compare.md."""
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from irtune.commands.compare.linear import LinearResult
+from irtune.commands.compare.runs import Outcome
+from irtune.evaluation.bootstrap import paired_bootstrap
+
+METRICS = ("accuracy", "macro_f1", "auprc")
+LINEAR = "linear baseline"
+REFERENCE = "full"
+COLUMNS = (
+    "data", "adapter", "method", "seeds", "dev_accuracy", "dev_accuracy_sd", "dev_macro_f1", "dev_macro_f1_sd",
+    "dev_auprc", "dev_auprc_sd", "test_accuracy", "test_accuracy_sd", "test_macro_f1", "test_macro_f1_sd",
+    "test_auprc", "test_auprc_sd", "layers_per_step", "layers_ever", "wall_seconds", "examples_per_second",
+    "optimizer_state_bytes_mean", "optimizer_state_bytes_max", "peak_memory_bytes", "macro_f1_minus_full", "low_95",
+    "high_95", "p", "error",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def build_rows(outcomes: Sequence[Outcome], linear: dict[str, LinearResult]) -> list[Row]:
+    """One row per corpus, adapter and method (mean and standard deviation over seeds), the linear baseline first."""
+    rows: list[Row] = []
+    for data in dict.fromkeys(outcome.cell.data for outcome in outcomes):
+        if data in linear:
+            rows.append(_linear_row(data, linear[data]))
+        here = [outcome for outcome in outcomes if outcome.cell.data == data]
+        for adapter in dict.fromkeys(outcome.cell.adapter for outcome in here):
+            group = [outcome for outcome in here if outcome.cell.adapter == adapter]
+            full = [outcome for outcome in group if outcome.cell.variant == REFERENCE and outcome.results]
+            for variant in dict.fromkeys(outcome.cell.variant for outcome in group):
+                mine = [outcome for outcome in group if outcome.cell.variant == variant]
+                rows.append(_row(data, adapter, variant, mine, full))
+    return rows
+
+
+def _linear_row(data: str, result: LinearResult) -> Row:
+    row: Row = {"data": data, "adapter": "", "method": LINEAR, "seeds": 1, "wall_seconds": result.seconds}
+    for split, values in result.metrics.items():
+        row |= {f"{split}_{name}": values[name] for name in METRICS}
+    return row
+
+
+def _row(data: str, adapter: str, variant: str, outcomes: Sequence[Outcome], full: Sequence[Outcome]) -> Row:
+    good = [outcome for outcome in outcomes if outcome.results is not None]
+    errors = [f"seed {outcome.cell.seed}: {outcome.error}" for outcome in outcomes if outcome.error]
+    row: Row = {"data": data, "adapter": adapter, "method": variant, "seeds": len(good), "error": "; ".join(errors)}
+    results = [outcome.results for outcome in good if outcome.results is not None]
+    if not results:
+        return row
+    for split in ("dev", "test"):
+        if all(split in result for result in results):
+            for name in METRICS:
+                values = [result[split][name] for result in results]
+                row[f"{split}_{name}"] = statistics.mean(values)
+                row[f"{split}_{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    for column, read in {
+        "layers_per_step": lambda r: r["layers_trained_per_step"],
+        "layers_ever": lambda r: r["layers_ever_trained"],
+        "wall_seconds": lambda r: r["wall_seconds"],
+        "examples_per_second": lambda r: r["examples_per_second"],
+        "optimizer_state_bytes_mean": lambda r: r["optimizer_state_bytes_at_selections"]["mean"],
+        "optimizer_state_bytes_max": lambda r: r["optimizer_state_bytes_at_selections"]["max"],
+        "peak_memory_bytes": lambda r: r["peak_memory_bytes"],
+    }.items():
+        row[column] = statistics.mean(read(result) for result in results)
+    if variant != REFERENCE:
+        row |= _against(good, full)
+    return row
+
+
+def _against(good: Sequence[Outcome], full: Sequence[Outcome]) -> Row:
+    """Paired bootstrap against `full`, over the seeds that both have; on test where there is one, else on dev."""
+    pairs = [(a, b) for a in good for b in full if a.cell.seed == b.cell.seed]
+    if not pairs:
+        return {}
+    ours, theirs = ([_predictions(pair[side].cell.folder) for pair in pairs] for side in (0, 1))
+    names = list(ours[0][0]["probabilities"])
+    number = {name: index for index, name in enumerate(names)}
+    labels = [number[record["label"]] for record in ours[0]]
+    predicted = [[[number[record["predicted"]] for record in run] for run in side] for side in (ours, theirs)]
+    result = paired_bootstrap(labels, predicted[0], predicted[1], len(names))
+    return {"macro_f1_minus_full": result.value, "low_95": result.low, "high_95": result.high, "p": result.p}
+
+
+def _predictions(folder: Path) -> list[dict[str, Any]]:
+    """Predictions of a run by example id, so that no order can mislead."""
+    test = folder / "predictions_test.jsonl"
+    file = test if test.is_file() else folder / "predictions.jsonl"
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return sorted(records, key=lambda record: record["id"])
+
+
+def write_csv(rows: Sequence[Row], file: Path) -> None:
+    """All columns, units in their names; an empty cell where there is no value."""
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, COLUMNS)
+        writer.writeheader()
+        writer.writerows({name: row.get(name) for name in COLUMNS} for row in rows)
+
+
+def write_markdown(rows: Sequence[Row], file: Path, notes: Sequence[str]) -> None:
+    """The table that a person reads, with what it was made of below."""
+    has_test = any("test_macro_f1" in row for row in rows)
+    splits = ("dev", "test") if has_test else ("dev",)
+    header = ["data", "adapter", "method", "seeds"]
+    header += [f"{split} {name}" for split in splits for name in ("accuracy", "macro-F1", "AUPRC")]
+    header += ["layers per step", "ever", "seconds", "examples/s", "optimizer state (MiB)", "peak memory (MiB)"]
+    header += [f"macro-F1 minus full ({splits[-1]})", "p"]
+    lines = ["# Comparison", "", _line(header), _line(["---"] * len(header))]
+    for row in rows:
+        if row.get("error") and not row["seeds"]:
+            error = str(row["error"]).replace("|", "\\|")
+            lines.append(_line([row["data"], row["adapter"], row["method"], f"failed: {error}"]))
+            continue
+        cells = [row["data"], row["adapter"], row["method"], str(row["seeds"])]
+        cells += [_spread(row, f"{split}_{name}") for split in splits for name in METRICS]
+        cells += [_number(row, "layers_per_step", ".1f"), _number(row, "layers_ever", ".0f")]
+        cells += [_number(row, "wall_seconds", ".0f"), _number(row, "examples_per_second", ".1f")]
+        cells += [
+            _number(row, "optimizer_state_bytes_mean", ".2f", 2**20),
+            _number(row, "peak_memory_bytes", ".0f", 2**20),
+        ]
+        cells += [_difference(row), _number(row, "p", ".3f")]
+        lines.append(_line(cells))
+    failed = [f"- {row['data']}, {row['adapter']}, {row['method']}: {row['error']}" for row in rows if row.get("error")]
+    if failed:
+        lines += ["", "Failed runs:", "", *failed]
+    lines += ["", *notes, ""]
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(row: Row, name: str, form: str, unit: float = 1.0) -> str:
+    return f"{row[name] / unit:{form}}" if row.get(name) is not None else ""
+
+
+def _spread(row: Row, name: str) -> str:
+    deviation = row.get(f"{name}_sd")
+    return _number(row, name, ".3f") + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def _difference(row: Row) -> str:
+    if row.get("macro_f1_minus_full") is None:
+        return ""
+    return f"{row['macro_f1_minus_full']:+.3f} [{row['low_95']:+.3f}, {row['high_95']:+.3f}]"

@@ -1,0 +1,1 @@
+"""Files and hub datasets to rows of text."""

@@ -1,0 +1,119 @@
+"""What a cell may hold: texts, labels and ids. Errors name the place and show the value, however large, in one line."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from irtune.errors import DataError, brief
+
+Row = dict[str, Any]
+# Gets the columns that a file has and returns those to read. May raise a DataError.
+Columns = Callable[[Sequence[str]], Collection[str]]
+MAX_CHARACTERS = 1_000_000  # of a text; a novel has about 500,000. Longer ones are files whose quotes went wrong
+MAX_LABEL = 200
+MAX_LABELS = 1_000  # of a corpus; the confusion matrix has the square of it
+_TURNS_TERMINALS = {"Cc", "Zl", "Zp"}  # control characters and line breaks
+
+
+def as_text(value: Any, where: str) -> str:
+    """The text of a cell; an empty cell is an addition or a deletion.
+
+    Raises:
+        DataError: for another type, half characters, NUL characters, and more than `MAX_CHARACTERS`.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected text, not the {type(value).__name__} {brief(value)}")
+    if len(value) > MAX_CHARACTERS:
+        size = f"{len(value):,} characters; accepted: at most {MAX_CHARACTERS:,}"
+        raise DataError(f"{where}: a text of {size} (is a quote left open?)")
+    flaw = _flaw(value)
+    if flaw is not None:
+        raise DataError(f"{where}: {flaw}")
+    return value
+
+
+def as_label(value: Any, where: str) -> str:
+    """The name of a label: text or a whole number.
+
+    Raises:
+        DataError: for other types, and for names that are empty, invisible, too long, or would confuse a terminal.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where}: {brief(value)} is no label")
+    name = str(value)
+    reason = _flaw(name)
+    if len(name) > MAX_LABEL:
+        reason = f"it has {len(name):,} characters, and at most {MAX_LABEL} are accepted; is this the column of labels?"
+    elif any(unicodedata.category(character) in _TURNS_TERMINALS for character in name):
+        reason = "it holds control characters or line breaks"
+    elif not _visible(name):
+        reason = "nothing of it can be seen"
+    if reason is not None:
+        raise DataError(f"{where}: {brief(name)} is no label: {reason}")
+    return name
+
+
+def as_name(value: Any, where: str, what: str, option: str) -> str:
+    """The name of an example or a document (`what`, whose column is `option`): text or a number.
+
+    Raises:
+        DataError: for other types, and for empty, damaged or endless ones.
+    """
+    good = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value  # not NaN
+    name = str(value) if good else ""
+    reason = _flaw(name)
+    if reason is not None or not name.strip() or len(name) > 10 * MAX_LABEL:
+        more = "" if reason is None else f": {reason}"
+        raise DataError(
+            f"{where}: {brief(value)} is no {what}{more}; accepted: a text or a number ({option} names the column)"
+        )
+    return name
+
+
+def _flaw(text: str) -> str | None:
+    if "\0" in text:
+        return "a NUL character (is this UTF-16, or no text at all?)"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return "half of a surrogate pair, which is no character"
+    return None
+
+
+def _visible(name: str) -> str:
+    """What is left of a name without characters that have no shape, with blanks alike: equal for names that look so."""
+    shown = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    return " ".join(unicodedata.normalize("NFC", shown).split())
+
+
+def check_looks(names: Iterable[str], where: str) -> None:
+    """Raise a DataError for two labels that nobody can tell apart: they differ in blanks or invisible characters."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(_visible(name), name)
+        if other != name:
+            raise DataError(
+                f"{where}: the labels {other!r} and {name!r} look alike but are {other!a} and {name!a}; make "
+                "them equal, or map one to the other with data.labels"
+            )
+
+
+def check_names(names: Sequence[str], where: object) -> None:
+    """Raise a DataError when a column's name stands twice: which of the two is meant cannot be known."""
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twice:
+        count = names.count(twice[0])
+        raise DataError(f"{where}: the column {brief(twice[0])} stands there {count} times; rename all but one")
+
+
+def listed(names: Iterable[Any], limit: int = 20) -> str:
+    """Names of columns or labels for a message: the first of them, none longer than a word or two, all printable."""
+    every = list(names)
+    texts = [str(name) for name in every[:limit]]
+    short = [text if len(text) <= 60 else f"{text[:57]}..." for text in texts]
+    more = f", ... ({len(every):,} in all)" if len(every) > limit else ""
+    return ", ".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) for text in short) + more

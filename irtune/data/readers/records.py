@@ -1,0 +1,94 @@
+"""From the rows of a file to checked records: the columns that a configuration names, and nothing else of a row."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from irtune.config.schema import DataConfig
+from irtune.data.readers.cells import MAX_LABELS, Row, as_label, as_name, as_text, listed
+from irtune.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row that was read: its number in its file, and its label as it stands there and as `data.labels` calls it."""
+
+    number: int
+    id: str | None
+    before: str
+    after: str | None
+    raw: str
+    label: str
+    group: str | None
+
+
+class RecordReader:
+    """Reads the records of one split."""
+
+    def __init__(self, where: str, data: DataConfig):
+        self.where, self.data = where, data
+        self.needed = [name for name in (data.before, data.after, data.label, data.group) if name is not None]
+        self._labels: dict[str, str] = {}  # raw labels that were checked, and their names
+
+    def columns(self, names: Sequence[str]) -> set[str]:
+        """Those of the columns `names` that are needed.
+
+        Raises:
+            DataError: for a needed one that is missing; names the nearest.
+        """
+        for column in self.needed:
+            if column in names:
+                continue
+            near = difflib.get_close_matches(column, [str(name)[:100] for name in names], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise DataError(f"{self.where}: no column {column!r}{hint} Columns: {listed(names)}")
+        return {*self.needed, self.data.id}
+
+    def records(self, rows: Iterable[tuple[int, Row]]) -> list[Record]:
+        """The records of `rows`, without those whose raw label is dropped.
+
+        Raises:
+            DataError: naming the row and the column.
+        """
+        dropped = set(self.data.drop_labels)
+        records = []
+        for number, row in rows:
+            for column in self.needed:
+                if column not in row:
+                    raise DataError(f"{self.where}, row {number}: no column {column!r}, which other rows have")
+            if not dropped or str(row[self.data.label]) not in dropped:
+                records.append(self._record(number, row))
+        if not records:
+            raise DataError(f"{self.where}: no rows are left without the labels {self.data.drop_labels}")
+        return records
+
+    def _record(self, number: int, row: Row) -> Record:
+        data = self.data
+
+        def place(column: str) -> str:
+            return f"{self.where}, row {number}, column {column!r}"
+
+        raw, label = self._label(row[data.label], place(data.label))
+        return Record(
+            number=number,
+            id=as_name(row[data.id], place(data.id), "id", "data.id") if data.id in row else None,
+            before=as_text(row[data.before], place(data.before)),
+            after=None if data.after is None else as_text(row[data.after], place(data.after)),
+            raw=raw,
+            label=label,
+            group=None if data.group is None else as_name(row[data.group], place(data.group), "document", "data.group"),
+        )
+
+    def _label(self, value: object, place: str) -> tuple[str, str]:
+        """A label as it stands in the file and as it is called."""
+        if type(value) is str and value in self._labels:
+            return value, self._labels[value]
+        raw = as_label(value, place)
+        known = self.data.labels
+        if known is not None and raw not in known:
+            raise DataError(f"{place}: unknown label {raw!r}; known: {listed(known)}")
+        if known is None and raw not in self._labels and len(self._labels) >= MAX_LABELS:
+            count = f"{MAX_LABELS + 1:,}th different label; accepted: at most {MAX_LABELS:,}"
+            raise DataError(f"{place}: {raw!r} is the {count} (is this the column of labels?)")
+        self._labels[raw] = known[raw] if isinstance(known, dict) else raw
+        return raw, self._labels[raw]

@@ -1,0 +1,1 @@
+"""Ranks and nodes. Empty: launch scripts import from this room without torch."""

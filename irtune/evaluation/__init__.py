@@ -1,0 +1,1 @@
+"""Metrics over ranks, the bootstrap, and a saved run that predicts."""

@@ -1,0 +1,191 @@
+"""A finished run, ready to predict: base model, adapter, tokenizer and labels from its folder.
+
+A folder may come from somebody else. Nothing in it is executed, and none of its files may be a link out of it.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from irtune.adapters import load_adapter
+from irtune.config import Config, load_config
+from irtune.config.schema import RISKS
+from irtune.data import Encoder, Example
+from irtune.errors import IrtuneError, RunError, brief
+from irtune.evaluation.metrics import Predictions, predict
+from irtune.files import fingerprint
+from irtune.models import DTYPES, Classifier, load_classifier
+from irtune.models.quantization import dequantize
+
+
+def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
+    """Configuration and results of a finished run.
+
+    Raises:
+        RunError: when `folder` is no run, or a run that is not finished.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise RunError(
+            f"{folder} is no run folder: it has no config.yaml; accepted: what run.output_dir was in training"
+        )
+    config = load_config(["--config", str(folder / "config.yaml")])
+    if not (folder / "results.json").is_file():
+        latest = folder / "checkpoints" / "latest"
+        name = latest.read_bytes()[:80].decode("utf-8", "replace").strip() if latest.is_file() else ""
+        reached = f"its last checkpoint is {name!r}" if name else "it has no checkpoint"
+        raise RunError(
+            f"the run in {folder} is not finished, {reached}; go on with: train.py --config {folder / 'config.yaml'}"
+        )
+    results = read_object(folder / "results.json")
+    labels = results["dev"].get("per_class") if isinstance(results.get("dev"), dict) else None
+    if not isinstance(labels, dict) or len(labels) < 2:
+        raise RunError(f"{folder / 'results.json'} is damaged: it has no labels of the dev split")
+    return config, results
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object of a file of a run.
+
+    Raises:
+        RunError: when it is missing, damaged or endless.
+    """
+    try:
+        if file.stat().st_size > MAX_JSON:
+            raise RunError(f"{file} has more than {MAX_JSON // 2**20} MiB, and is no file of irtune")
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{file} is damaged: it holds a {type(found).__name__}, not an object")
+    return found
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What peft's adapter_config.json says of an adapter that irtune has written. Other settings of peft name modules to
+# import or files to load.
+WRITTEN = {"task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
+           "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "init_lora_weights", "use_dora",
+           "use_rslora", "fan_in_fan_out"}  # fmt: skip
+# A list of layers, their numbers, and modules in them, as `adapters.low_rank.target_pattern` writes it.
+PATTERN = re.compile(r"[\w\\.-]+\((\\d\+|[\d|]+)\)\\\.\([\w\\.|-]+\)")
+MAX_RANK = 2**16
+MAX_JSON = 2**26
+
+
+@dataclass
+class LoadedRun:
+    """What predicts. `model` takes a batch without labels and returns an object with `logits` [batch, classes]."""
+
+    folder: Path
+    config: Config
+    results: dict[str, Any]
+    labels: list[str]
+    classifier: Classifier
+    model: nn.Module
+    encoder: Encoder
+    device: torch.device
+
+    def predict(self, examples: Sequence[Example], batch_size: int) -> Predictions:
+        """Logits of `examples` in their order, whatever the batches and ranks. Collective."""
+        return predict(
+            lambda batch: self.model(**batch).logits,
+            [self.encoder.encode(example) for example in examples],
+            [example.label for example in examples],
+            len(self.labels),
+            batch_size=batch_size,
+            pad_token_id=int(self.classifier.tokenizer.pad_token_id),  # type: ignore[arg-type]
+            device=self.device,
+        )
+
+
+def load_run(folder: Path, device: torch.device, dtype: str | None = None, trusted: Collection[str] = ()) -> LoadedRun:
+    """Load the model of a finished run to `device`, in the number format it was trained in or in `dtype`.
+
+    `trusted` are those of `RISKS` that the user, not the folder, asks for.
+
+    Raises:
+        RunError: when `folder` holds no finished run, or needs something that is not trusted.
+        ModelError, CheckpointError: when the base model or the adapter cannot be loaded.
+    """
+    config, results = read_run(folder)
+    for risk in RISKS:
+        if getattr(config.model, risk, False) and risk not in trusted:
+            raise RunError(
+                f"{folder / 'config.yaml'} sets model.{risk}, by which code that comes with a model runs here; add "
+                f"--{risk} to the command if you trust this folder and {config.model.name_or_path}"
+            )
+    labels = list(results["dev"]["per_class"])
+    peft = is_peft_adapter(folder / "adapter")
+    _check_sums(folder / "adapter", results.get("adapter_sha256"))
+    rounded = config.model.quantization != "none"
+    as_trained = dtype is None or rounded
+    model_config = config.model if as_trained else dataclasses.replace(config.model, dtype=dtype)  # type: ignore[arg-type]
+    classifier = load_classifier(model_config, labels, device)
+    if dtype is not None and rounded:  # the weights that the adapter was trained on, in the wanted format
+        dequantize(classifier.model, DTYPES[dtype])
+    encoder = Encoder(classifier.tokenizer, config.data, labels)
+    try:
+        if peft:
+            model: nn.Module = PeftModel.from_pretrained(classifier.model, str(folder / "adapter"))  # type: ignore[arg-type]
+        else:
+            model = load_adapter(classifier, folder / "adapter")
+    except IrtuneError:
+        raise
+    except Exception as error:  # peft and safetensors raise many kinds for files that are damaged or do not fit
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"{folder / 'adapter'} does not fit {config.model.name_or_path}: {reason}") from error
+    return LoadedRun(folder, config, results, labels, classifier, model.eval().to(device), encoder, device)
+
+
+def is_peft_adapter(folder: Path) -> bool:
+    """Whether `folder` holds an adapter in peft's format, and not in irtune's own.
+
+    Raises:
+        RunError: when it holds none, or one that irtune has not written so.
+    """
+    for file in (folder, *(folder / name for name in ADAPTER_FILES)):
+        if not file.exists():
+            raise RunError(f"{folder.parent} holds no adapter: there is no {file.relative_to(folder.parent)}")
+        if not file.resolve().is_relative_to(folder.parent.resolve()):
+            raise RunError(f"{file} is a link that leads out of the run's folder, to {file.resolve()}")
+    record = read_object(folder / "adapter_config.json")
+    if "peft_type" not in record:
+        return False
+    usual = {field.name: field for field in dataclasses.fields(LoraConfig)}
+    for name, value in record.items():
+        if name in usual and name not in WRITTEN and value != _default(usual[name]):
+            raise RunError(f"{folder / 'adapter_config.json'} sets {name} to {brief(value)}, which irtune never does")
+    rules = {
+        "peft_type": lambda value: value == "LORA",
+        "r": lambda value: isinstance(value, int) and 1 <= value <= MAX_RANK,
+        "target_modules": lambda value: isinstance(value, str) and PATTERN.fullmatch(value) is not None,
+        "init_lora_weights": lambda value: value in (True, False, "pissa"),
+    }
+    for name, accepts in rules.items():
+        if not accepts(record.get(name)):
+            raise RunError(
+                f"{folder / 'adapter_config.json'} sets {name} to {brief(record.get(name))}, which irtune never does"
+            )
+    return True
+
+
+def _check_sums(folder: Path, wanted: Any) -> None:
+    """Raise a RunError for a file of the adapter whose SHA-256 is not the one in results.json (where there is one)."""
+    for name, digest in wanted.items() if isinstance(wanted, dict) else ():
+        if name in ADAPTER_FILES and fingerprint(folder / name)["sha256"] != digest:
+            raise RunError(f"{folder / name} has another checksum than when it was written; copy the run again")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    value = field.default_factory()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

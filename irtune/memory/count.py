@@ -1,0 +1,182 @@
+"""A model's parameters, and the tensors of one step, counted on the meta device: no weights are there."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from irtune.adapters import LayerTable
+from irtune.adapters.build import add_adapters
+from irtune.config import Config
+from irtune.config.batch_size import rows_at_once
+from irtune.engine.recompute import Recompute
+from irtune.errors import ConfigError
+from irtune.memory.labels import planned_labels, planned_tokenizer
+from irtune.memory.meta_attention import stand_in, traceable
+from irtune.memory.meta_step import Step, evaluation_bytes, training_step
+from irtune.models import DTYPES, Classifier
+from irtune.models.anatomy import is_linear
+from irtune.models.kernels import shorten_on_cpus
+from irtune.models.skeleton import empty_classifier
+from irtune.selection.registry import PAPER_BUDGETS, build_chooser, layer_budget, takes_budget
+from irtune.selection.split import REFERENCE_WINDOW
+
+EVALUATION_ROWS = 2  # an evaluation batch, in micro-batches, as the trainer has it
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Counts of a model: elements of the whole model, bytes of one step of one rank.
+
+    linear: elements of each constant linear module in the layers, which quantisation shrinks. outputs: sum of their
+    output dimensions. rest: other constant elements.
+    layers: for each layer, the elements of each trainable parameter. head: those of the head.
+    selected: the layers that train.
+    rows: examples of the micro-batch. kept: bytes that its forward pass keeps for the backward pass. peak: the most
+    alive at a time in either. scoring: the same in a step that scores all layers (0: there is none). evaluation: in an
+    evaluation batch. per_row: what another example adds to the largest of these three (0: not counted).
+    weight_bytes, trained_bytes: bytes of an element of the base, and of adapters and head.
+    device: cuda or cpu. assumed: what could not be known, in sentences.
+    """
+
+    linear: list[int]
+    outputs: int
+    rest: int
+    layers: list[list[int]]
+    head: list[int]
+    selected: list[int]
+    rows: int
+    kept: int
+    peak: int
+    scoring: int
+    evaluation: int
+    per_row: float
+    weight_bytes: int
+    trained_bytes: int
+    device: str
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def constant(self) -> int:
+        """Elements that never train."""
+        return sum(self.linear) + self.rest
+
+
+def count(
+    config: Config,
+    selected: Sequence[int] | None = None,
+    *,
+    device: str = "cuda",
+    labels: Sequence[str] = (),
+    slope: bool = True,
+) -> Parts:
+    """Count the model of `config` with its adapters, and one step in which `selected` layers train.
+
+    Args:
+        config: of the run.
+        selected: None: as `worst_selection` says.
+        device: cuda or cpu, where other attention kernels run.
+        labels: of the corpus, where it has been read.
+        slope: count a larger micro-batch too, for `Parts.per_row`.
+
+    Raises:
+        ConfigError, ModelError: as for a run whose model is there.
+    """
+    adapter, wanted = config.adapter, config.model.attn_implementation
+    if adapter.type.endswith("prefix") and wanted != "sdpa":
+        raise ConfigError(f"adapter.type {adapter.type} needs model.attn_implementation sdpa, not {wanted}")
+    names, assumed = planned_labels(config, labels)
+    attention = stand_in(wanted, DTYPES[config.model.dtype], device)
+    model, anatomy = empty_classifier(config.model, names, attention)
+    if device == "cpu":
+        shorten_on_cpus(model, compiled=config.model.compile)
+    layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
+    linear = [module for module in layers if is_linear(module)]
+    tokenizer, unknown = planned_tokenizer(config, names)
+    if adapter.type == "pissa":  # the same shapes; its first values come from weights that are not here
+        adapter = dataclasses.replace(adapter, type="lora")
+    with torch.device("meta"), traceable(model):
+        network, table = add_adapters(Classifier(model, tokenizer, anatomy), adapter)
+    trained = {id(parameter) for _, parameter in table.all()}
+    constant = [parameter for parameter in network.parameters() if id(parameter) not in trained]
+    weights = [] if table.pretrained else [int(module.weight.numel()) for module in linear]
+    some = [number for number, layer in enumerate(table.layers) if layer]
+    chosen = worst_selection(config, some, table.num_layers) if selected is None else list(selected)
+    return Parts(
+        linear=weights,
+        outputs=0 if table.pretrained else sum(_outputs(module) for module in linear),
+        rest=sum(parameter.numel() for parameter in constant) - sum(weights),
+        layers=[[parameter.numel() for _, parameter in layer] for layer in table.layers],
+        head=[parameter.numel() for _, parameter in table.head],
+        selected=chosen,
+        weight_bytes=DTYPES[config.model.dtype].itemsize,
+        trained_bytes=table.head[0][1].element_size(),
+        device=device,
+        assumed=(*assumed, *unknown) if adapter.type.startswith("ltuning") else (),
+        **_steps(config, network, table, chosen, slope),
+    )
+
+
+def _outputs(module: nn.Module) -> int:
+    """Output dimensions of a linear module."""
+    return int(module.out_features if isinstance(module, nn.Linear) else module.nf)  # type: ignore[arg-type]
+
+
+def worst_selection(config: Config, layers: Sequence[int], num_layers: int) -> list[int]:
+    """As many of `layers`, which have parameters, as the method may train at a time, the lowest among them.
+
+    The lowest layer ends the backward pass: no selection keeps more activations.
+
+    Raises:
+        ConfigError: for a budget or layers that the model has not.
+    """
+    tuning, count = config.tuning, len(layers)
+    if tuning.method == "fixed" or not layers:
+        sizes = [int(number in layers) for number in range(num_layers)]
+        return build_chooser(tuning, num_layers, 0, sizes).first() or []
+    if not takes_budget(tuning.method):
+        return list(layers)
+    if tuning.method == "ir" and tuning.budget is None:
+        if tuning.rule == "reference":
+            most = count - int(REFERENCE_WINDOW[0] * count)
+        else:
+            most = min(count, max(1, math.floor(tuning.max_fraction * count + 1e-9)))
+    else:
+        most = layer_budget(tuning.budget or PAPER_BUDGETS[tuning.method], count)
+    return [layers[0], *layers[count - most + 1 :]]
+
+
+def scores_all_layers(config: Config) -> bool:
+    """Whether some steps of a run compute gradients of layers that do not train."""
+    tuning = config.tuning
+    if tuning.score in ("weight", "cosine"):  # which need none
+        return False
+    probes = tuning.first == "probe" or tuning.scores == "fresh"
+    return tuning.method in ("topk", "grass") or (tuning.method == "ir" and probes)
+
+
+def _steps(config: Config, network: nn.Module, table: LayerTable, selected: list[int], slope: bool) -> dict:
+    """The fields of `Parts` about steps."""
+    recompute = Recompute(
+        table.modules, reentrant=False, always=config.model.gradient_checkpointing, frozen=table.frozen
+    )
+    rows, length = rows_at_once(config), config.data.max_length
+
+    def step(rows: int, scoring: bool = False) -> Step:
+        return training_step(network, table, selected, recompute, rows=rows, length=length, scoring=scoring)
+
+    largest: dict[str, Callable[[int], int]] = {
+        "peak": lambda rows: step(rows).peak,
+        "scoring": lambda rows: step(rows, scoring=True).peak,
+        "evaluation": lambda rows: evaluation_bytes(network, rows=EVALUATION_ROWS * rows, length=length),
+    }
+    trained = step(rows)
+    found = {"peak": trained.peak, "scoring": 0, "evaluation": largest["evaluation"](rows)}
+    if scores_all_layers(config) and len(selected) < table.num_layers:
+        found["scoring"] = largest["scoring"](rows)
+    name = max(found, key=lambda name: found[name])
+    per_row = (largest[name](2 * rows) - found[name]) / rows if slope else 0.0
+    return found | {"rows": rows, "kept": trained.kept, "per_row": per_row}

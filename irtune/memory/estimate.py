@@ -1,0 +1,197 @@
+"""Bytes per rank of a run under a ZeRO stage and a format of the base, from a model's counts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from irtune.config import Config
+from irtune.memory.count import Parts
+
+RESERVE = 1.5 * 2**30  # bytes of a GPU that are never ours: CUDA context, communication, what the allocator cannot use
+# Two workspaces of cuBLAS, one for the thread of the forward pass and one for that of the backward pass: 32 MiB each on
+# Hopper, 8 MiB before it (torch, CUDABlas.cpp, getChosenWorkspaceSize).
+WORKSPACES = 2 * 32 * 2**20
+# nf4 with double quantisation, per tensor: 4 bits an element, an 8-bit scale per 64, an fp32 one per 256 of those, the
+# offset of the scales, and the two tables of 16 and 256 fp32 numbers.
+NF4_TABLES = 4 * (1 + 16 + 256)
+# DeepSpeed's defaults where its file says nothing (zero/config.py), in elements.
+BUCKET, LIVE, PREFETCHED = 500_000_000, 1_000_000_000, 50_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes per rank under one ZeRO stage and format of the base.
+
+    process: of the process itself, before the model is loaded; 0 on a GPU, whose memory starts empty.
+    base, adapters, gradients, optimizer: weights and their training state; optimizer_full if all layers trained.
+    buffers: DeepSpeed's buckets, gathered or dequantised weights, workspaces.
+    activations: of the largest step; or what evaluation, or fp32 gradients in the update, need more than that.
+    parked: state of deselected layers in host memory. host: host memory beside the process itself.
+    sent_per_step: to other ranks. total: the peak of the device's memory, or on a CPU of the process's.
+    memory: of the device; fits and largest_micro_batch are None where it is not known.
+    """
+
+    stage: int
+    quantization: str
+    process: int
+    base: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    optimizer_full: int
+    buffers: int
+    activations: int
+    parked: int
+    host: int
+    sent_per_step: int
+    total: int
+    memory: int | None
+    fits: bool | None
+    largest_micro_batch: int | None
+
+
+def state_bytes(groups: Sequence[Sequence[int]], stage: int, world: int, trained_bytes: int) -> int:
+    """Bytes of optimizer state per rank for parameter groups given by the elements of their parameters. Exact.
+
+    8 bytes of moments for each element; 4 more for the fp32 copy that ZeRO 1 and 2 always keep, and the other stages
+    where parameters have a lower precision. Shards are padded as DeepSpeed does it: a group to 2 elements per rank
+    under ZeRO 1 and 2, each parameter to equal shares under ZeRO 3.
+    """
+    each = 12 if trained_bytes < 4 or stage in (1, 2) else 8
+    if stage == 0:
+        elements = sum(map(sum, groups))
+    elif stage == 3:
+        elements = sum(-(-numel // world) for group in groups for numel in group)
+    else:
+        elements = sum(-(-sum(group) // (2 * world)) * 2 for group in groups)
+    return each * elements
+
+
+def base_bytes(parts: Parts, quantization: str, shards: int = 1) -> int:
+    """Bytes of the constant weights on one of `shards` ranks. What quantisation keeps beside the codes is on all."""
+    rest = parts.rest * parts.weight_bytes
+    if quantization == "none":
+        return (sum(parts.linear) * parts.weight_bytes + rest) // shards
+    if quantization == "int8":  # and an fp32 scale per output
+        return (sum(parts.linear) + rest) // shards + 4 * parts.outputs
+    scales = sum(math.ceil(n / 64) + 4 * math.ceil(math.ceil(n / 64) / 256) + NF4_TABLES for n in parts.linear)
+    return (sum(n // 2 for n in parts.linear) + rest) // shards + scales
+
+
+def estimate(
+    parts: Parts,
+    config: Config,
+    *,
+    stage: int,
+    quantization: str,
+    world: int,
+    memory: float | None = None,
+    zero: Mapping[str, Any] | None = None,
+    process: int = 0,
+) -> Estimate:
+    """Bytes per rank of a run on `world` ranks.
+
+    Args:
+        parts: the model's counts.
+        config: of the run.
+        stage, quantization: of ZeRO and of the base.
+        world: number of ranks.
+        memory: bytes of one device.
+        zero: the section zero_optimization of the DeepSpeed file: sizes of buckets, offload.
+        process: bytes of the process before the model is loaded, for a run on a CPU.
+    """
+    zero = zero or {}
+    on_cpu = parts.device == "cpu"
+    share = world if stage == 3 else 1
+    loaded = share if quantization == "none" else 1  # a quantised base is divided when it has been read whole
+    groups = [parts.layers[layer] for layer in parts.selected if parts.layers[layer]] + [parts.head]
+    every = [layer for layer in parts.layers if layer] + [parts.head]
+    trained, adapted = sum(map(sum, groups)), sum(map(sum, every))
+    gradients = trained * parts.trained_bytes // (world if stage >= 2 else 1)
+    optimizer = state_bytes(groups, stage, world, parts.trained_bytes)
+    full = state_bytes(every, stage, world, parts.trained_bytes)
+    base, adapters = base_bytes(parts, quantization, share), adapted * parts.trained_bytes // share
+    buckets = _buckets(parts, zero, stage, trained)
+    buffers = buckets + _gathered(parts, zero, stage, quantization, world)
+    parked = full - optimizer if config.tuning.deselected_state == "offload" else 0
+    moved = 0  # to host memory
+    if not on_cpu and "offload_optimizer" in zero:
+        moved += optimizer + gradients
+    if not on_cpu and stage == 3 and "offload_param" in zero:
+        moved += base + adapters
+    # ZeRO 1 and 2 copy gradients to fp32 for the update, when activations are gone. Evaluation has no gradients at all.
+    update = 4 * trained // world if stage in (1, 2) else 0
+    activations = max(parts.peak, parts.scoring, parts.evaluation - gradients - buckets, update)
+    total = process + base + adapters + gradients + optimizer + buffers + activations + (parked if on_cpu else -moved)
+    room = None if memory is None else memory - (0 if on_cpu else RESERVE) - total
+    largest = None
+    if room is not None and parts.per_row:
+        largest = max(0, math.floor(parts.rows + room / parts.per_row))
+    return Estimate(
+        stage=stage,
+        quantization=quantization,
+        process=process,
+        base=base,
+        adapters=adapters,
+        gradients=gradients,
+        optimizer=optimizer,
+        optimizer_full=full,
+        buffers=buffers,
+        activations=activations,
+        parked=parked,
+        host=total - process if on_cpu else parked + moved + base_bytes(parts, quantization, loaded),
+        sent_per_step=_sent(parts, config, zero, stage, quantization, world, trained, adapted),
+        total=total,
+        memory=None if memory is None else int(memory),
+        fits=None if room is None else room >= 0,
+        largest_micro_batch=largest,
+    )
+
+
+def _buckets(parts: Parts, zero: Mapping[str, Any], stage: int, trained: int) -> int:
+    """What DeepSpeed collects gradients in."""
+    if not stage or not zero.get("contiguous_gradients", True):
+        return 0
+    bucket = int(zero.get("reduce_bucket_size", BUCKET))
+    if parts.device == "cpu":  # a page that is never written is never there
+        bucket = min(bucket, trained)
+    twice = stage < 3 and zero.get("overlap_comm", False)
+    return bucket * parts.trained_bytes * (2 if twice else 1)
+
+
+def _gathered(parts: Parts, zero: Mapping[str, Any], stage: int, quantization: str, world: int) -> int:
+    """Weights that are whole or floating-point for a while, and the workspaces of the products."""
+    total = 0 if parts.device == "cpu" else WORKSPACES
+    if quantization != "none" and parts.linear:  # one weight at a time
+        total += max(parts.linear) * parts.weight_bytes
+    if stage == 3 and world > 1:  # weights in use or soon to be used again, and a copy of those that come next
+        live, ahead = zero.get("stage3_max_live_parameters", LIVE), zero.get("stage3_prefetch_bucket_size", PREFETCHED)
+        elements = parts.constant + sum(map(sum, parts.layers))
+        width = base_bytes(parts, quantization) / max(1, parts.constant)
+        total += int((min(int(live), elements) + min(int(ahead), elements)) * width)
+    return total
+
+
+def _sent(
+    parts: Parts,
+    config: Config,
+    zero: Mapping[str, Any],
+    stage: int,
+    quantization: str,
+    world: int,
+    trained: int,
+    adapted: int,
+) -> int:
+    """Bytes that a rank sends in an optimizer step, by ring algorithms (tests/test_traffic.py counts them)."""
+    ring = (world - 1) / world
+    gradients = ring * trained * parts.trained_bytes
+    # DeepSpeed's stages 1 and 2 all-reduce a bucket, unless they are told to reduce each rank's part to it.
+    whole = stage == 0 or (stage in (1, 2) and zero.get("use_multi_rank_bucket_allreduce", True))
+    sent = gradients * (2 if whole else 1)  # all-reduce, or reduce-scatter
+    if stage in (1, 2):
+        sent += gradients  # all-gather of what was updated
+    if stage == 3:
+        passes = 2 * config.optim.gradient_accumulation_steps
+        sent += passes * ring * (base_bytes(parts, quantization) + adapted * parts.trained_bytes)
+    return int(sent) + 8 * len(parts.layers)  # the scores

@@ -1,0 +1,5 @@
+"""Pretrained sequence classifiers and where their parts are."""
+
+from irtune.models.classifier import DTYPES, Classifier, load_classifier
+
+__all__ = ["DTYPES", "Classifier", "load_classifier"]

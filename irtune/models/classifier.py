@@ -1,0 +1,221 @@
+"""Pretrained sequence classifiers from a folder or the hub: whole, quantised, or in shares."""
+
+import contextlib
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from irtune.config.schema import ModelConfig
+from irtune.distributed import runtime
+from irtune.distributed.partitioned import make_whole, sharded_loading
+from irtune.errors import ModelError
+from irtune.models import quantization
+from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
+from irtune.models.files import check_files, find_source, without_safetensors
+from irtune.models.kernels import attention_kernel, heed_padding, shorten_on_cpus
+from irtune.redaction import redact
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Classifier:
+    """A pretrained model with its tokenizer and anatomy."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    anatomy: Anatomy
+
+
+def load_classifier(
+    config: ModelConfig,
+    labels: list[str],
+    device: torch.device | None = None,
+    sharded: dict[str, Any] | None = None,
+) -> Classifier:
+    """Load model and tokenizer from a folder or hub id (from the local cache when the network is off).
+
+    Args:
+        config: the model.
+        labels: names of the classes.
+        device: where a quantised model is made (None: this rank's device); others are loaded to the CPU.
+        sharded: the section zero_optimization of stage 3: each rank keeps its share of the weights only, but the
+            whole head. Collective then. None: each rank gets the whole model. So it does where the files do not allow
+            it, which a warning says.
+
+    Raises:
+        ModelError: when there is no such model, it has no tokenizer, no list of layers can be found in it, its weights
+            are not all there, are pickles without `model.allow_pickle`, or are quantised already.
+    """
+    name, source = str(Path(config.name_or_path).expanduser()), find_source(config)
+    tokenizer = load_tokenizer(config)
+    settings = _load(
+        AutoConfig,
+        source,
+        "configuration",
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+        trust_remote_code=config.trust_remote_code,
+    )
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source} is an encoder-decoder model, which has two lists of layers; accepted: models with one"
+        )
+    if tokenizer.pad_token_id >= settings.vocab_size:
+        raise ModelError(
+            f"{source}: the tokenizer pads with token {tokenizer.pad_token_id}, but the model has embeddings for "
+            f"{settings.vocab_size} tokens only; tokenizer and model do not belong together"
+        )
+    if getattr(settings, "quantization_config", None):
+        raise ModelError(
+            f"{source} holds weights that are quantised already; accepted: weights in 16 or 32 bits, which "
+            "model.quantization quantises while they are loaded"
+        )
+    check_files(Path(source), config.allow_pickle)
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.use_cache = False
+    dtype = DTYPES[config.dtype]
+    obstacle = _sharding_obstacle(config, settings, Path(source)) if sharded is not None else None
+    if obstacle is not None:
+        log.warning("%s: every rank loads the whole model before ZeRO 3 divides it", obstacle)
+        sharded = None
+    with sharded_loading(sharded, dtype) if sharded is not None else contextlib.nullcontext():
+        model, info = _load(
+            AutoModelForSequenceClassification,
+            source,
+            "model",
+            config=settings,
+            dtype=dtype,
+            attn_implementation=attention_kernel(config.attn_implementation, dtype),
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
+            **_quantized_loading(config, settings, device),
+        )
+    quantization.settle(model)
+    heed_padding(model)
+    if not torch.cuda.is_available():
+        shorten_on_cpus(model, compiled=config.compile)
+    # The name the user gave, not the place in a cache: peft writes it into the adapter.
+    model.name_or_path = model.config.name_or_path = name
+    anatomy = _checked_anatomy(source, model, info)
+    if sharded is not None:
+        make_whole([model.get_submodule(name) for name in anatomy.head])
+    return Classifier(model, tokenizer, anatomy)
+
+
+def _quantized_loading(config: ModelConfig, settings: PretrainedConfig, device: torch.device | None) -> dict[str, Any]:
+    """What `from_pretrained` is told about quantisation: all linear modules of the layers, and no other."""
+    if config.quantization == "none":
+        return {}
+    skeleton = _skeleton(config, settings)
+    layers = find_anatomy(skeleton).layers
+    kept = [n for n, part in skeleton.named_modules() if is_linear(part) and not n.startswith(f"{layers}.")]
+    device = device or runtime.read_world().device
+    return quantization.loading_options(config.quantization, DTYPES[config.dtype], device, kept)
+
+
+def _skeleton(config: ModelConfig, settings: PretrainedConfig) -> nn.Module:
+    """The model without weights."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(
+                copy.deepcopy(settings), trust_remote_code=config.trust_remote_code
+            )
+    except Exception as error:  # as in `_load`
+        raise _unusable(config.name_or_path, "model", error) from error
+
+
+def _sharding_obstacle(config: ModelConfig, settings: PretrainedConfig, folder: Path) -> str | None:
+    """Why a model's files cannot be loaded share by share, or None where they can.
+
+    Sharded loading can replace no weight that has another shape in the files, such as a head for other labels.
+    """
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        return f"{folder} holds pickles only" if folder.is_dir() else f"{folder} is not on this machine yet"
+    wanted = {name: tuple(parameter.shape) for name, parameter in _skeleton(config, settings).named_parameters()}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in sorted(wanted.keys() & set(weights.keys())):
+                shape = tuple(weights.get_slice(name).get_shape())
+                if shape != wanted[name]:
+                    return f"{name} has shape {shape} in the files and {wanted[name]} in the model"
+    return None
+
+
+def load_settings(config: ModelConfig) -> PretrainedConfig:
+    """The model's config.json, without its weights.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    return _load(AutoConfig, find_source(config), "configuration", trust_remote_code=config.trust_remote_code)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ModelError: when there is none, or it has no token to pad with.
+    """
+    source = find_source(config)
+    tokenizer = _load(AutoTokenizer, source, "tokenizer", trust_remote_code=config.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{source}: the tokenizer has no padding, end or unknown token to pad with")
+    return tokenizer
+
+
+def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:
+    """Anatomy of a loaded model whose layers all came from the files."""
+    replaced = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    random = set(info["missing_keys"]) | replaced
+    anatomy = find_anatomy(model, random)
+    wrong = sorted(key for key in random if f".{anatomy.layers}." in f".{key}")
+    if wrong:
+        reason = "has another shape in the files than in config.json" if wrong[0] in replaced else "is not in the files"
+        raise ModelError(f"{source}: {wrong[0]} {reason} ({len(wrong)} such weights in the layers)")
+    return anatomy
+
+
+def longest_input(classifier: Classifier) -> int | None:
+    """Tokens that the model has positions for, or None where nothing says."""
+    limits = [
+        getattr(classifier.model.config, "max_position_embeddings", None),
+        classifier.tokenizer.model_max_length,
+    ]
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+    return min(known, default=None)
+
+
+def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
+    """`from_pretrained`; errors become one sentence."""
+    try:
+        return kind.from_pretrained(source, **options)
+    except Exception as error:  # damaged files raise whatever their library raises
+        raise _unusable(source, what, error) from error
+
+
+def _unusable(source: str, what: str, error: Exception) -> ModelError:
+    reason = redact(" ".join(str(error).split()))
+    if "use_safetensors" in reason:  # transformers' advice is an option that users do not have
+        return without_safetensors(source)
+    return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason[:300]}")

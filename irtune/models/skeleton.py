@@ -1,0 +1,70 @@
+"""Models without weights: the shape of any configuration on the meta device, of the presets without a download."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+
+from irtune.config.schema import ModelConfig
+from irtune.models import DTYPES
+from irtune.models.anatomy import Anatomy, find_anatomy
+from irtune.models.classifier import load_settings
+
+# Shapes of the presets, from their published config.json files.
+_LLAMA_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+}  # fmt: skip
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "meta-llama/Llama-3.1-8B": ("llama", _LLAMA_8B),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": ("llama", _LLAMA_8B),
+    "meta-llama/Llama-2-13b-hf": ("llama", {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+        "num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096,
+    }),
+    "meta-llama/Llama-3.1-70B": ("llama", _LLAMA_8B | {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    }),
+    "mistralai/Mistral-7B-v0.1": ("mistral", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 32768, "sliding_window": 4096,
+    }),
+    "Qwen/Qwen3-8B": ("qwen3", {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+    }),
+    "microsoft/phi-2": ("phi", {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 51200, "partial_rotary_factor": 0.4, "max_position_embeddings": 2048,
+    }),
+}  # fmt: skip
+
+
+def model_settings(config: ModelConfig) -> PretrainedConfig:
+    """The configuration of a model: a preset's from here, another's from its folder or the hub.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    if config.name_or_path in SHAPES:
+        kind, shape = SHAPES[config.name_or_path]
+        return AutoConfig.for_model(kind, **shape)
+    return load_settings(config)
+
+
+def empty_classifier(config: ModelConfig, labels: Sequence[str], attention: str) -> tuple[Any, Anatomy]:
+    """A sequence classifier on the meta device, without weights, with the attention implementation `attention`."""
+    settings = model_settings(config)
+    settings.id2label = dict(enumerate(labels))  # says how many there are, too
+    settings.label2id = {label: number for number, label in enumerate(labels)}
+    settings.pad_token_id = 0
+    settings.use_cache = False
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            settings,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    return model, find_anatomy(model)

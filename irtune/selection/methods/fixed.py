@@ -1,0 +1,53 @@
+"""The same layers from the first step to the last, named by the user."""
+
+from collections.abc import Sequence
+
+from irtune.selection.chooser import Chooser, Observation
+
+
+class FixedChooser(Chooser):
+    """Trains `layers` and never selects again."""
+
+    def __init__(self, num_layers: int, seed: int = 0, *, layers: Sequence[int]):
+        super().__init__(num_layers, interval=0, seed=seed)
+        self.layers = sorted(set(layers))
+
+    def first(self) -> list[int]:
+        """The named layers."""
+        return list(self.layers)
+
+    def choose(self, seen: Observation) -> list[int]:
+        """The named layers."""
+        return list(self.layers)
+
+
+def parse_layers(text: str, num_layers: int) -> list[int]:
+    """Layers from a list of numbers and ranges, for example "0-3,7,-1" (-1 is the last layer).
+
+    Raises:
+        ValueError: with the part that is no layer of the model.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        piece = part.strip()
+        first, dash, last = piece.rpartition("-") if not piece.startswith("-") else ("", "", piece)
+        try:
+            start, stop = (int(first), int(last)) if dash and first else (int(piece), int(piece))
+        except ValueError:
+            raise ValueError(f"{piece!r} is no layer and no range of layers") from None
+        start, stop = (number + num_layers if number < 0 else number for number in (start, stop))
+        if not 0 <= start <= stop < num_layers:
+            raise ValueError(f"{piece!r} is outside the layers 0 to {num_layers - 1}")
+        layers += range(start, stop + 1)
+    return sorted(set(layers))
+
+
+class FullChooser(FixedChooser):
+    """Trains every layer from the first step to the last."""
+
+    def __init__(self, num_layers: int, seed: int = 0):
+        super().__init__(num_layers, seed, layers=range(num_layers))
+
+
+class SpafitChooser(FixedChooser):
+    """The layers to which the adapter type spafit gave parameters: [a, L)."""

@@ -1,0 +1,66 @@
+"""IR-Tuning: train the layers whose scores stand out (Liu and Litman, Findings of EMNLP 2025)."""
+
+import math
+from typing import Any
+
+from irtune.selection.chooser import Chooser, Observation
+from irtune.selection.split import raise_lowest, split_layers
+
+
+class IRChooser(Chooser):
+    """Cuts the layers' latest scores with a split rule.
+
+    A score that is not finite never counts as important: the whole selection is kept as it was, and the event counted.
+    Layers that never had a score (stale scores only) count as 0.
+    """
+
+    needs_scores = True
+
+    def __init__(
+        self,
+        num_layers: int,
+        interval: int = 10,
+        seed: int = 0,
+        *,
+        rule: str = "otsu",
+        num_splits: int = 1,
+        min_fraction: float = 0.10,
+        max_fraction: float = 0.65,
+        ema: float = 0.0,
+        random_first: bool = False,
+        cost_weight: float = 0.0,
+    ):
+        super().__init__(num_layers, interval, seed)
+        self.rule, self.num_splits = rule, num_splits
+        self.min_fraction, self.max_fraction = min_fraction, max_fraction
+        self.ema, self.random_first, self.cost_weight = ema, random_first, cost_weight
+        self.scores: list[float | None] = [None] * num_layers
+        self.bad_in_a_row = 0
+
+    def first(self) -> list[int] | None:
+        """A random half when the preset asks for it (as the published code starts), else None."""
+        return self.sample(max(1, self.num_layers // 2), step=0) if self.random_first else None
+
+    def choose(self, seen: Observation) -> list[int]:
+        """Smooth the fresh scores into the remembered ones and split them."""
+        fresh = seen.scores if seen.scores is not None else []
+        if any(score is not None and not math.isfinite(score) for score in fresh):
+            self.bad_in_a_row += 1
+            return list(seen.selected)
+        self.bad_in_a_row = 0
+        for layer, score in enumerate(fresh):
+            old = self.scores[layer]
+            if score is not None:  # s <- ema * s_old + (1 - ema) * s_new
+                self.scores[layer] = score if old is None else self.ema * old + (1 - self.ema) * score
+        scores = [score if score is not None else 0.0 for score in self.scores]
+        chosen = split_layers(scores, self.rule, self.num_splits, self.min_fraction, self.max_fraction)
+        return raise_lowest(scores, chosen, self.cost_weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remembered scores (length L, null where unknown) and the count of bad selections in a row."""
+        return {"scores": list(self.scores), "bad_in_a_row": self.bad_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over remembered scores and the count of bad selections."""
+        self.scores = list(state["scores"])
+        self.bad_in_a_row = int(state["bad_in_a_row"])

@@ -1,0 +1,26 @@
+"""LISA: a few layers uniformly at random, for K steps at a time (Pan et al., NeurIPS 2024, algorithm 1)."""
+
+from irtune.selection.chooser import Chooser, Observation
+
+
+class LisaChooser(Chooser):
+    """Draws `count` layers (gamma) every `interval` steps (K). The head trains always, as everywhere in irtune."""
+
+    def __init__(self, num_layers: int, interval: int = 10, seed: int = 0, *, count: int = 2):
+        super().__init__(num_layers, interval, seed)
+        self.count = count
+
+    def first(self) -> list[int]:
+        """The draw of step 0."""
+        return self.sample(self.count, step=0)
+
+    def choose(self, seen: Observation) -> list[int]:
+        """A new draw that depends on the seed and the step only."""
+        return self.sample(self.count, seen.step)
+
+
+class RandomChooser(LisaChooser):
+    """LISA with K = 1: draws `count` layers uniformly at random at every step, from a sequence of its own."""
+
+    def __init__(self, num_layers: int, interval: int = 1, seed: int = 0, *, count: int = 1):
+        super().__init__(num_layers, interval, seed, count=count)

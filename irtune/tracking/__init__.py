@@ -1,0 +1,1 @@
+"""Records and pictures of a run."""

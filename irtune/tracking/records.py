@@ -1,0 +1,53 @@
+"""Records of a run on disk: JSON lines."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Leave out the records of `file` after `step`; a last line cut short by a kill goes too.
+
+    So does the test split's: it is evaluated once more when the run ends, with the best step's number.
+    """
+    if not file.exists():
+        return
+    kept = []
+    # Lines end with \n and with nothing else: a label may hold what Unicode calls a line break. A cut line may end in
+    # the middle of a character.
+    for line in file.read_bytes().decode("utf-8", "replace").split("\n"):
+        try:
+            record = json.loads(line)
+            if record["step"] <= step and record.get("split") != "test":
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            break
+    scratch = file.with_suffix(".part")
+    scratch.write_text("".join(kept) if step else "", encoding="utf-8")
+    os.replace(scratch, file)
+
+
+def write_predictions(
+    path: Path, ids: Sequence[str], labels: Sequence[int], probabilities: Any, names: Sequence[str]
+) -> None:
+    """Write predictions.jsonl: id, label, predicted and the probability of each label, one object per example."""
+    scratch = path.with_name(f".{path.name}")
+    with scratch.open("w", encoding="utf-8") as out:
+        for example, label, row in zip(ids, labels, probabilities.tolist()):
+            predicted = names[max(range(len(row)), key=row.__getitem__)]
+            record = {
+                "id": example,
+                "label": names[label],
+                "predicted": predicted,
+                "probabilities": dict(zip(names, (round(value, 6) for value in row))),
+            }
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(scratch, path)
+
+
+def append_record(file: Path, record: dict[str, Any]) -> None:
+    """Add one JSON line to `file`."""
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(record, ensure_ascii=False) + "\n")

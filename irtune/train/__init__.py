@@ -1,0 +1,1 @@
+"""The run: set up, train, select layers, evaluate, save, resume."""

@@ -1,0 +1,144 @@
+"""Which layers train: scores them in the steps that need it, asks the chooser, and lets the engine change over."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable
+
+import torch
+
+from irtune.config import TuningConfig
+from irtune.distributed import runtime
+from irtune.engine import Engine
+from irtune.errors import DistributedError, TrainingError
+from irtune.selection import Chooser, Observation
+from irtune.selection.scores import LayerScores
+from irtune.tracking.tracker import Tracker
+from irtune.train.progress import Progress
+
+Batch = dict[str, torch.Tensor]
+
+
+class LayerChoice:
+    """The selections of a run."""
+
+    def __init__(
+        self,
+        tuning: TuningConfig,
+        *,
+        engine: Engine,
+        chooser: Chooser,
+        scores: LayerScores,
+        progress: Progress,
+        tracker: Tracker,
+        max_steps: int,
+    ):
+        self.tuning, self.engine, self.chooser, self.scores = tuning, engine, chooser, scores
+        self.progress, self.tracker, self.max_steps = progress, tracker, max_steps
+
+    def is_due(self, step: int) -> bool:
+        """Whether layers are chosen after optimizer step `step`; not after the last, when nothing would train them."""
+        return self.chooser.is_due(step) and step < self.max_steps
+
+    def scoring(self, batch: Batch, step: int, weight: float = 1.0) -> contextlib.AbstractContextManager:
+        """Around the forward and backward pass of a micro-batch of `step`: gathers scores where the step needs them.
+
+        Scores are of gradients of the micro-batch's mean loss, whatever its `weight` in the step's.
+        """
+        if not (self.chooser.needs_scores and self.is_due(step)):
+            return contextlib.nullcontext()
+        return self._scored(batch, self.engine.gradient_factor / weight, all_layers=self.tuning.scores == "fresh")
+
+    @contextlib.contextmanager
+    def _scored(self, batch: Batch, factor: float, *, all_layers: bool):
+        reaches_below = all_layers and self.scores.needs_gradients
+        with (
+            self.engine.recompute.scoring() if reaches_below else contextlib.nullcontext(),
+            self.scores.micro_batch(batch["attention_mask"], all_layers=all_layers, factor=factor),
+        ):
+            yield
+
+    def first(self, batches: Iterable[Batch]) -> None:
+        """Choose before any update, from the first step's micro-batches: no step trains all layers. Collective."""
+        self.progress.trained_steps = [0] * self.engine.table.num_layers
+        chosen = self.chooser.first()
+        if chosen is not None:
+            self._train_layers(chosen, None, time.perf_counter())
+            return
+        self.engine.module.train()
+        for batch in batches:
+            with self._scored(batch, 1.0, all_layers=True):
+                self.engine.probe(batch, backward=self.scores.needs_gradients)
+        self.select([])
+
+    def select(self, batches: list[Batch]) -> None:
+        """Choose layers from what the step showed, and train them from the next step on. Collective.
+
+        Args:
+            batches: this rank's micro-batches of the step, for choosers that try layers out.
+
+        Raises:
+            TrainingError: when scores were not finite for too long.
+        """
+        started = time.perf_counter()
+        raw = self.scores.reduce() if self.chooser.needs_scores else None
+        sign = 1.0 if self.scores.higher_is_important else -1.0
+        signed = None if raw is None else [None if score is None else sign * score for score in raw]
+        seen = Observation(self.progress.step, signed, self.engine.selected, self._trials(batches))
+        chosen = self.chooser.choose(seen)
+        self._check_scores()
+        self._train_layers(chosen, raw, started)
+
+    def _trials(self, batches: list[Batch]) -> list[tuple[list[int], float]]:
+        """Mean loss of the step's micro-batches on all ranks, under each set of layers that the chooser suppresses."""
+        sets = self.chooser.trials(self.progress.step) if batches else []
+        if not sets:
+            return []
+        self.engine.module.eval()  # the same answer for any split over ranks: no dropout
+        losses = [torch.stack([self.engine.trial(batch, layers) for batch in batches]).mean() for layers in sets]
+        self.engine.module.train()
+        mean = runtime.all_reduce(torch.stack(losses)) / runtime.launched_world_size()
+        return list(zip(sets, mean.tolist()))
+
+    def _train_layers(self, chosen: list[int], raw: list[float | None] | None, started: float) -> None:
+        num_layers = self.engine.table.num_layers
+        verify_selection(chosen, num_layers, self.engine.device)
+        changed = chosen != self.engine.selected
+        self.engine.reselect(chosen)
+        self.progress.state_bytes.append(self.engine.optimizer_state_bytes())
+        self.tracker.selection(
+            {
+                "step": self.progress.step,
+                "scores": raw and [score if score is not None and math.isfinite(score) else None for score in raw],
+                "selected": chosen,
+                "changed": changed,
+                "seconds": time.perf_counter() - started,
+                "num_layers": num_layers,
+            }
+        )
+
+    def _check_scores(self) -> None:
+        bad, limit = getattr(self.chooser, "bad_in_a_row", 0), self.tuning.max_bad_scores
+        if bad:
+            self.tracker.say(
+                f"step {self.progress.step}: a layer score is not finite ({bad} in a row); layers are kept"
+            )
+        if bad >= limit:
+            raise TrainingError(
+                f"step {self.progress.step}: {bad} selections in a row had scores that are not finite "
+                f"(tuning.max_bad_scores {limit}); lower optim.lr, or use model.dtype float32"
+            )
+
+
+def verify_selection(selected: list[int], num_layers: int, device: torch.device) -> None:
+    """Compare a selection across ranks.
+
+    Raises:
+        DistributedError: naming the ranks and the layers, when they differ.
+    """
+    mask = torch.zeros(num_layers, dtype=torch.uint8, device=device)
+    mask[selected] = 1
+    all_masks = [other.nonzero().flatten().tolist() for other in runtime.all_gather(mask)]
+    if any(other != all_masks[0] for other in all_masks):
+        chosen = "; ".join(f"rank {rank}: {layers}" for rank, layers in enumerate(all_masks))
+        raise DistributedError(f"ranks chose different layers: {chosen}")

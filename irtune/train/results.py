@@ -1,0 +1,62 @@
+"""What a run says at its start, and what results.json holds at its end."""
+
+from typing import Any
+
+import torch
+
+from irtune import __version__
+from irtune.distributed import runtime
+from irtune.distributed.runtime import World
+from irtune.memory.measure import peak_host_memory_bytes, peak_memory_bytes
+from irtune.train.checkpoint import versions
+from irtune.train.trainer import Trainer
+
+
+def announce(trainer: Trainer, world: World) -> None:
+    """Say what is about to happen, with the batch arithmetic."""
+    config, table = trainer.config, trainer.engine.table
+    optim = config.optim
+    layer = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in table.layers[0])
+    size = f"{optim.micro_batch_tokens} tokens" if optim.micro_batch_tokens else f"{optim.micro_batch_size} examples"
+    sizes = ", ".join(f"{split} {len(examples)}" for split, examples in trainer.corpus.splits.items())
+    trainer.tracker.say(
+        f"irtune {__version__}: {config.tuning.method} on {config.model.name_or_path} ({table.num_layers} layers, "
+        f"{layer:,} adapter parameters each), {world.size} rank(s) on {world.device.type}, "
+        f"ZeRO {trainer.engine.stage}\n"
+        f"corpus: {sizes} examples, {len(trainer.corpus.labels)} labels ({', '.join(trainer.corpus.labels)})\n"
+        f"batch: {size} x {optim.gradient_accumulation_steps} accumulation x {world.size} ranks = "
+        f"{trainer.plan.examples_per_step:,} examples per step, "
+        f"{trainer.max_steps} steps ({trainer.plan.steps_per_epoch} per epoch)"
+    )
+
+
+def collect_results(trainer: Trainer, metrics: dict[str, Any], world: World) -> dict[str, Any]:
+    """The content of results.json. Collective."""
+    progress, engine = trainer.progress, trainer.engine
+    mine = torch.tensor([peak_memory_bytes(world.device), peak_host_memory_bytes()], dtype=torch.float64)
+    peaks = torch.stack(runtime.all_gather(mine.to(world.device))).amax(0).tolist()
+    bytes_seen = progress.state_bytes
+    return metrics | {
+        "method": trainer.config.tuning.method,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "wall_seconds": progress.seconds,
+        "examples_per_second": trainer.plan.examples(progress.step) / max(progress.seconds, 1e-9),
+        "examples_per_step": trainer.plan.examples_per_step,
+        "world_size": world.size,
+        "zero_stage": engine.stage,
+        "num_layers": trainer.num_layers,
+        "skipped_steps": progress.skipped,
+        "layers_trained_per_step": sum(progress.trained_steps) / max(1, progress.step),
+        "layers_ever_trained": sum(count > 0 for count in progress.trained_steps),
+        "steps_per_layer": progress.trained_steps,
+        "peak_memory_bytes": int(peaks[0]),
+        "peak_host_memory_bytes": int(peaks[1]),
+        "optimizer_state_bytes": engine.optimizer_state_bytes(),
+        "optimizer_state_bytes_at_selections": {
+            "min": min(bytes_seen),
+            "mean": sum(bytes_seen) / len(bytes_seen),
+            "max": max(bytes_seen),
+        },
+        "versions": versions(),
+    }  # fmt: skip

@@ -1,0 +1,85 @@
+"""What a run goes on from, and whether it may."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from irtune.config import Config
+from irtune.data import BatchPlan, Corpus
+from irtune.distributed import runtime
+from irtune.errors import CheckpointError, ConfigError
+from irtune.train.checkpoint import Checkpoints, find_damage, versions
+
+log = logging.getLogger("irtune")
+DERIVED = ("gradient_accumulation_steps", "global_batch_size")  # of optim: their product with the ranks decides
+
+
+# Of model, what a resumed run may change.
+HARMLESS = (
+    "gradient_checkpointing",
+    "attn_implementation",
+    "compile",
+    "fused_kernels",
+    "trust_remote_code",
+    "allow_pickle",
+)
+
+
+def run_identity(config: Config, corpus: Corpus, plan: BatchPlan, max_steps: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
+    optim = {key: value for key, value in vars(config.optim).items() if key not in DERIVED}
+    places = ("path", "train", "dev", "test")
+    return {
+        "model": {key: value for key, value in vars(config.model).items() if key not in HARMLESS},
+        "adapter": vars(config.adapter),
+        "tuning": vars(config.tuning),
+        "optim": optim | {"micro_batches_per_step": plan.micro_batches, "max_steps": max_steps},
+        "data": {key: value for key, value in vars(config.data).items() if key not in places},
+        "labels": corpus.labels,
+        "examples": {split: len(examples) for split, examples in corpus.splits.items()},
+        "training_lengths": runtime.derived_seed(*plan.lengths),
+        "seed": config.run.seed,
+    }
+
+
+def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint to go on from, as `run.resume` says."""
+    if config.run.resume == "auto":
+        return checkpoints.newest_whole()
+    if config.run.resume == "never":
+        if checkpoints.pointer("latest") is not None:
+            raise ConfigError(
+                f"run.output_dir {config.run.output_dir!r} holds a run already and run.resume is never; choose another "
+                "folder, or set run.resume to auto"
+            )
+        return None
+    path = Path(config.run.resume).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"run.resume is {config.run.resume!r}; accepted: auto, never, or a checkpoint folder")
+    damage = find_damage(path)
+    if damage is not None:
+        raise CheckpointError(f"run.resume: {path} is damaged: {damage}")
+    return path
+
+
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with another model, data, method or optimizer; names every difference."""
+    changes = []
+    for section, value in now.items():
+        old = saved.get(section)
+        if isinstance(value, dict) and isinstance(old, dict):
+            names = sorted(set(value) | set(old))
+            pairs = [(f"{section}.{name}", old.get(name), value.get(name)) for name in names]
+        else:
+            pairs = [(section, old, value)]
+        changes += [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b]
+    if changes:
+        raise CheckpointError(f"{folder} cannot be continued: {'; '.join(changes)}")
+
+
+def note_versions(saved: Any, folder: Path) -> None:
+    """Other packages may compute other numbers; that is for the user to know, not for irtune to forbid."""
+    saved, now = saved if isinstance(saved, dict) else {}, versions()
+    changes = [f"{name} {saved[name]} -> {now[name]}" for name in now if saved.get(name, now[name]) != now[name]]
+    if changes:
+        log.info("%s was written with other versions: %s", folder, ", ".join(changes))

@@ -1,0 +1,382 @@
+"""The loop: accumulate, update, select, evaluate, save."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irtune.config import Config
+from irtune.data import BatchPlan, Corpus, collate
+from irtune.distributed import runtime
+from irtune.engine import Engine
+from irtune.errors import StoppedError, TrainingError
+from irtune.evaluation.metrics import Predictions, metrics, predict
+from irtune.files import writing
+from irtune.memory.measure import peak_memory_bytes
+from irtune.selection import Chooser
+from irtune.selection.scores import LayerScores
+from irtune.tracking.records import write_predictions
+from irtune.tracking.tracker import Tracker
+from irtune.train.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, versions
+from irtune.train.layer_selection import LayerChoice
+from irtune.train.learning_rate import learning_rate
+from irtune.train.nonfinite import find_origin
+from irtune.train.progress import Done, Progress, Window
+
+EVALUATION_BATCH = 2  # in micro-batches: no gradients, so more examples fit
+
+
+class Trainer:
+    """Trains an engine on a corpus; `run` is the whole story."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        engine: Engine,
+        chooser: Chooser,
+        scores: LayerScores,
+        plan: BatchPlan,
+        corpus: Corpus,
+        encoded: dict[str, list[dict[str, list[int]]]],
+        pad_token_id: int,
+        max_steps: int,
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+        device: torch.device,
+        progress: Progress,
+        identity: dict[str, Any],
+        pretrained: Callable[[], dict[str, torch.Tensor]],
+    ):
+        self.config, self.engine, self.chooser = config, engine, chooser
+        self.plan, self.corpus, self.encoded, self.pad_token_id = plan, corpus, encoded, pad_token_id
+        self.max_steps, self.checkpoints, self.tracker, self.device = max_steps, checkpoints, tracker, device
+        self.progress, self.identity, self.pretrained = progress, identity, pretrained
+        self.eval_every = config.run.eval_every or plan.steps_per_epoch
+        self.num_layers = engine.table.num_layers
+        tokens = config.optim.micro_batch_tokens
+        self.evaluation_batch = EVALUATION_BATCH * config.optim.micro_batch_size
+        self.evaluation_tokens = None if tokens is None else EVALUATION_BATCH * tokens
+        self.layers = LayerChoice(
+            config.tuning,
+            engine=engine,
+            chooser=chooser,
+            scores=scores,
+            progress=progress,
+            tracker=tracker,
+            max_steps=max_steps,
+        )
+        self.window = Window(progress)
+        self._last: tuple[int, Predictions] | None = None
+        self._end_of_step: torch.cuda.Event | None = None
+        self._began = time.perf_counter()
+        self._saved_step = -1
+
+    # ----- the story -----
+
+    def run(self) -> None:
+        """Train from where `progress` stands to `max_steps`.
+
+        Raises:
+            StoppedError: after a signal, when the step is done and saved.
+            TrainingError: when losses, gradients or scores are not finite for too long.
+        """
+        with runtime.watch().heeding_signals():
+            self._run()
+
+    def _run(self) -> None:
+        self._mark = time.perf_counter()
+        self._began = self._mark - self.progress.seconds  # as if earlier sessions had been just before
+        # Once, and after each evaluation: there are some thousand modules to tell.
+        self.engine.module.train()
+        if self.progress.step == 0:
+            runtime.doing("first selection")
+            self.layers.first(self._micro_batches(0))
+            self.window.forget_batches()  # those were not trained on
+        elif self.progress.best is None and self.progress.best_step:  # resumed where the best weights are elsewhere
+            self._evaluate_and_save()
+        while self.progress.step < self.max_steps and not self.progress.stopped:
+            batches = self._train_step()
+            step = self.progress.step
+            if self.layers.is_due(step):
+                self._settle()
+                runtime.doing(f"selection after step {step}")
+                self.layers.select(batches)
+            if step % self.config.run.log_every == 0 or step == self.max_steps:
+                self._log()
+            if step % self.eval_every == 0 or step == self.max_steps:
+                self._evaluate_and_save()
+            elif self.config.run.save_every and step % self.config.run.save_every == 0:
+                self._save(best=False)
+            self._heed_signals()
+        if self.progress.stopped:
+            self._stopped_early()
+
+    def _heed_signals(self) -> None:
+        """End here, saved, when a rank was told to; nothing to do when training is over anyway."""
+        step = self.progress.step
+        number = runtime.watch().stops_after(step, self._await_step_before())
+        if number is None or self._is_over():
+            return
+        if self._saved_step != step:
+            self._save(best=False)
+        raise StoppedError(number, step)
+
+    def _await_step_before(self) -> int:
+        """Let the device end all steps but the last; how many it may then be behind.
+
+        On a GPU the host may run ahead of what other ranks have begun, and signals need a bound for that. The last
+        step is being computed meanwhile.
+        """
+        if self.device.type != "cuda":
+            return 0
+        before, self._end_of_step = self._end_of_step, torch.cuda.Event()
+        self._end_of_step.record()
+        if before is not None:
+            before.synchronize()
+        return 1
+
+    def _stopped_early(self) -> None:
+        if self.progress.losses:
+            self._log()
+        self.tracker.say(
+            f"stopped at step {self.progress.step}: {self.config.run.patience} evaluations without a better "
+            f"{self.config.run.best_metric} than that of step {self.progress.best_step}"
+        )
+
+    def _train_step(self) -> list[dict[str, torch.Tensor]]:
+        """One global batch: this rank's micro-batches, then the update. Returns the micro-batches."""
+        step = self.progress.step
+        rate = self._learning_rate(step)
+        total = torch.zeros((), device=self.device)
+        batches = []
+        per_batch = sum(map(len, self.plan.step(step))) / self.plan.micro_batches  # examples of all ranks, on average
+        runtime.doing(f"batch of step {step + 1}")
+        for batch in self._micro_batches(step):
+            examples, tokens = batch["input_ids"].shape
+            runtime.doing(f"gradients of step {step + 1}, a micro-batch of {examples} x {tokens} tokens")
+            weight = examples / per_batch
+            with self.layers.scoring(batch, step + 1, weight):
+                total += self.engine.forward_backward(batch, weight)
+            batches.append(batch)
+            runtime.doing(f"update of step {step + 1}")
+            self.engine.step(rate)
+        self.progress.step = step + 1
+        mean = total / self.engine.accumulation_steps
+        self.window.add(Done(self.progress.step, self.engine.selected, self.engine.applied, mean))
+        self.tracker.advance(self.progress.step)
+        return batches
+
+    def _learning_rate(self, step: int) -> float:
+        """Of the optimizer step `step`, counted from 0."""
+        optim = self.config.optim
+        return learning_rate(
+            step,
+            peak=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            max_steps=self.max_steps,
+            schedule=optim.schedule,
+        )
+
+    def _settle(self) -> None:
+        """Count the steps since the last call. Before anything that is written, chosen or told about them.
+
+        Not after each step: the host would wait for the device, which meanwhile could have begun the next.
+
+        Raises:
+            TrainingError: after too many skipped steps in a row.
+        """
+        for step in self.window.settle():
+            in_a_row = self.progress.skipped_in_a_row
+            self.tracker.say(
+                f"step {step} is skipped: its loss or gradients are not finite "
+                f"({in_a_row} in a row, {self.progress.skipped} in all)"
+            )
+            if in_a_row >= self.config.run.max_skipped_steps:
+                self._give_up(step, in_a_row)
+        self.progress.seconds = time.perf_counter() - self._began
+
+    def _give_up(self, step: int, in_a_row: int) -> None:
+        """End training on steps whose loss or gradients were not finite; `step` is the last of them. Collective.
+
+        Steps after it may have been applied before anybody looked, so that it need not fail again.
+
+        Raises:
+            TrainingError: names step, examples, and where the first such number arose.
+        """
+        runtime.doing(f"search for what is not finite in step {step}")
+        plan = self.plan.step(step - 1)[runtime.rank() :: runtime.launched_world_size()]
+        ids = [[self.corpus.splits["train"][i].id for i in positions] for positions in plan]
+        origins = [find_origin(self.engine, batch) for batch in self._micro_batches(step - 1)]
+        mine = [(origin, names) for origin, names in zip(origins, ids) if origin is not None]
+        found = [entry for entries in runtime.all_gather_object(mine) for entry in entries]
+        where = "; ".join(f"{origin}, in a batch of the examples {', '.join(names)}" for origin, names in found)
+        raise TrainingError(
+            f"step {step}: {in_a_row} steps in a row had a loss or gradients that are not "
+            f"finite (run.max_skipped_steps {self.config.run.max_skipped_steps}). The first such number is in "
+            f"{where or 'gradients of parameters only: the loss and all layers are finite'}. Lower optim.lr, or use "
+            "model.dtype float32"
+        )
+
+    def _micro_batches(self, step: int):
+        """This rank's micro-batches of a step as tensors on the device, each with its own dropout seed."""
+        rank, world = runtime.rank(), runtime.launched_world_size()
+        examples = self.corpus.splits["train"]
+        plan = self.plan.step(step)
+        for positions in plan:
+            self.window.count([self.plan.lengths[i] for i in positions])
+        for number in range(rank, len(plan), world):
+            # Seeded by place in the plan, not by rank: any split over ranks draws the same dropout.
+            torch.manual_seed(runtime.derived_seed(self.config.run.seed, "micro-batch", step, number))
+            yield collate(
+                [self.encoded["train"][i] for i in plan[number]],
+                self.pad_token_id,
+                [examples[i].label for i in plan[number]],
+                self.device,
+            )
+
+    # ----- records -----
+
+    def _log(self) -> None:
+        """Reduce and record the losses since the last line. Collective."""
+        runtime.doing(f"log line of step {self.progress.step}")
+        self._settle()
+        self.window.drain()
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        step, norm, limit = self.progress.step, self.engine.grad_norm(), self.config.optim.max_grad_norm
+        tokens, examples, positions = self.window.tokens, self.window.examples, self.window.positions
+        self.tracker.train(
+            {
+                "step": step,
+                "loss": self.window.mean(),
+                "lr": self._learning_rate(step - 1),
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "clipped": int(math.isfinite(norm) and 0 < limit < norm),
+                "skipped_steps": self.progress.skipped,
+                "layers_selected": len(self.engine.selected),
+                "tokens_per_second": tokens / seconds,
+                "examples_per_second": examples / seconds,
+                "padding_share": 1 - tokens / positions if positions else None,
+                "seconds": seconds,
+            }
+        )
+        self.tracker.memory(
+            {
+                "step": step,
+                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "optimizer_state_bytes": self.engine.optimizer_state_bytes(),
+                "parked_state_bytes": self.engine.parked_bytes(),
+            }
+        )
+
+    # ----- evaluation and checkpoints -----
+
+    def predict(self, split: str) -> Predictions:
+        """Logits of a split with the weights as they are. Collective."""
+        self.engine.module.eval()
+        predictions = predict(
+            lambda batch: self.engine.module(**batch).logits,
+            self.encoded[split],
+            [example.label for example in self.corpus.splits[split]],
+            len(self.corpus.labels),
+            batch_size=self.evaluation_batch,
+            tokens=self.evaluation_tokens,
+            pad_token_id=self.pad_token_id,
+            device=self.device,
+        )
+        self.engine.module.train()
+        return predictions
+
+    def _evaluate_and_save(self) -> None:
+        self._settle()
+        tokens, step = self.evaluation_tokens, self.progress.step
+        size = f"{self.evaluation_batch} examples" if tokens is None else f"{tokens} tokens"
+        runtime.doing(f"evaluation after step {step}, in batches of {size}")
+        predictions = self.predict("dev")
+        values = metrics(predictions, self.corpus.labels)
+        self._last = (self.progress.step, predictions)
+        self.tracker.evaluation(self.progress.step, "dev", values, predictions.labels, predictions.probabilities)
+        value = values[self.config.run.best_metric] * (-1 if self.config.run.best_metric == "loss" else 1)
+        best = self.progress.best is None or value > self.progress.best
+        if best:
+            self.progress.best, self.progress.best_step = value, self.progress.step
+        self.progress.worse_in_a_row = 0 if best else self.progress.worse_in_a_row + 1
+        patience = self.config.run.patience
+        self.progress.stopped = bool(patience) and self.progress.worse_in_a_row >= patience
+        every = self.config.run.save_every
+        if best or not every or self.progress.step % every == 0 or self._is_over():
+            self._save(best=best)
+        self._mark = time.perf_counter()  # speed is that of training
+
+    def _is_over(self) -> bool:
+        return self.progress.stopped or self.progress.step == self.max_steps
+
+    def _save(self, *, best: bool) -> None:
+        """Write a checkpoint. Collective."""
+        runtime.doing(f"checkpoint of step {self.progress.step}")
+        self._settle()
+        self.window.drain()  # the losses since the last log line are kept
+        trainable = self.engine.trainable(self._saved_layers())
+        tensors, steps = self.engine.full_state()
+        with runtime.shared_errors():
+            if runtime.rank() == 0:
+                state = {
+                    "progress": vars(self.progress),
+                    "selected": self.engine.selected,
+                    "chooser": self.chooser.state_dict(),
+                    "adam_steps": steps,
+                    "run": self.identity,
+                    "versions": versions(),
+                }
+                self.checkpoints.save(self.progress.step, trainable, tensors, state, best=best)
+        self._saved_step = self.progress.step
+
+    def _saved_layers(self) -> list[int] | None:
+        """Layers whose weights a checkpoint needs: of a model's own weights, only those that ever trained."""
+        if not self.engine.table.pretrained:
+            return None
+        return [layer for layer, steps in enumerate(self.progress.trained_steps) if steps]
+
+    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take over selection, chooser and optimizer state; adapters are already in the model."""
+        self.chooser.load_state_dict(state["chooser"])
+        self.engine.table.idle.has_trained([n for n, steps in enumerate(self.progress.trained_steps) if steps])
+        self.engine.reselect(state["selected"])
+        self.engine.load_full_state(read_tensors(folder, OPTIMIZER), state["adam_steps"])
+
+    def finish(self, folder: Path) -> dict[str, Any]:
+        """Evaluate with the best weights: dev, and test once; write predictions and adapter. Returns the metrics."""
+        runtime.doing("evaluation of the best weights")
+        self.engine.end_training()
+        if self._last is None or self._last[0] != self.progress.best_step:
+            best = self.checkpoints.folder / f"step_{self.progress.best_step}"
+            with runtime.shared_errors():
+                weights = self.pretrained() | read_tensors(best, TRAINABLE)
+            self.engine.load_trainable(weights)
+            self._last = (self.progress.best_step, self.predict("dev"))
+        predictions = {"dev": self._last[1]}
+        if "test" in self.corpus.splits:
+            predictions["test"] = self.predict("test")
+        results = {split: metrics(values, self.corpus.labels) for split, values in predictions.items()}
+        if "test" in results:
+            seen = predictions["test"]
+            self.tracker.evaluation(self.progress.best_step, "test", results["test"], seen.labels, seen.probabilities)
+        with runtime.shared_errors(), writing(folder):
+            for split, values in predictions.items() if runtime.rank() == 0 else ():
+                name = "predictions.jsonl" if split == "dev" else f"predictions_{split}.jsonl"
+                examples = self.corpus.splits[split]
+                write_predictions(
+                    folder / name,
+                    [example.id for example in examples],
+                    [example.label for example in examples],
+                    values.probabilities,
+                    self.corpus.labels,
+                )
+            self.engine.save_adapter(
+                folder / "adapter", self.config.adapter, list(self.corpus.labels), self._saved_layers()
+            )
+        return results

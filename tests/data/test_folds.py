@@ -1,0 +1,99 @@
+"""Development splits that a corpus does not bring, and early stopping."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from irtune.config import Config, DataConfig, RunConfig
+from irtune.config.checks import check_config
+from irtune.data import read_corpus
+from irtune.data.corpus import fold_of
+from irtune.errors import DataError
+from tests.support.ranks import run_ranks
+from tests.support.runs import records, train
+from tests.support.tiny import tiny_config
+
+quick = pytest.mark.quick
+
+
+def write(folder, documents=12, each=5, labels=3, name="train"):
+    rows = [
+        {"before": f"a {d} {i}", "after": f"b {d} {i}", "label": f"label{(d + i) % labels}", "doc": f"doc{d}"}
+        for d in range(documents)
+        for i in range(each)
+    ]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@quick
+def test_a_dev_split_keeps_documents_whole_and_labels_in_proportion(tmp_path):
+    data = DataConfig(path=str(write(tmp_path)), group="doc", dev_fraction=0.25)
+    corpus = read_corpus(data)
+    train_set, dev = corpus.splits["train"], corpus.splits["dev"]
+    assert len(train_set) + len(dev) == 60 and len(dev) == 15
+    assert not {e.group for e in train_set} & {e.group for e in dev}
+    assert all(4 <= count <= 6 for count in Counter(e.label for e in dev).values())
+    assert read_corpus(data) == corpus  # seeded
+    other = read_corpus(DataConfig(path=str(tmp_path), group="doc", dev_fraction=0.25, split_seed=1))
+    assert {e.id for e in other.splits["dev"]} != {e.id for e in dev}
+
+
+@quick
+def test_without_the_setting_a_corpus_without_dev_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"no dev split.*data\.dev_fraction"):
+        read_corpus(DataConfig(path=str(write(tmp_path))))
+
+
+@quick
+def test_folds_hold_every_training_and_dev_example_out_once(tmp_path):
+    write(tmp_path)
+    write(tmp_path, documents=3, name="dev")
+    seen: Counter[str] = Counter()
+    for fold in range(1, 5):
+        corpus = read_corpus(DataConfig(path=str(tmp_path), fold=f"{fold}/4"))
+        assert len(corpus.splits["train"]) + len(corpus.splits["dev"]) == 75
+        assert not {e.id for e in corpus.splits["train"]} & {e.id for e in corpus.splits["dev"]}
+        seen.update(e.id for e in corpus.splits["dev"])
+    assert len(seen) == 75 and set(seen.values()) == {1}
+
+
+@quick
+def test_a_label_in_one_fold_only_stays_in_training():
+    labels = ["a"] * 10 + ["b"] * 10 + ["rare"]
+    folds = fold_of(labels, [str(i) for i in range(21)], 5, 0)
+    assert folds[-1] == -1
+    assert sorted(Counter(folds[:-1]).values()) == [4, 4, 4, 4, 4]
+
+
+@quick
+def test_impossible_splits_are_refused(tmp_path):
+    with pytest.raises(DataError, match="20 folds need at least as many documents, not 12"):
+        read_corpus(DataConfig(path=str(write(tmp_path)), group="doc", fold="1/20"))
+    with pytest.raises(DataError, match="no column 'document'"):
+        read_corpus(DataConfig(path=str(tmp_path), group="document", dev_fraction=0.2))
+    for fold in ("0/3", "4/3", "1/1", "a/b", "3", "1.5/3"):
+        assert any("data.fold" in line for line in check_config(Config(data=DataConfig(path="x", fold=fold))))
+    for share in (0.0, 0.6, -1.0):
+        config = Config(data=DataConfig(path="x", dev_fraction=share))
+        assert any("data.dev_fraction" in line for line in check_config(config))
+    assert any("run.patience" in line for line in check_config(Config(run=RunConfig(patience=-1))))
+
+
+def test_training_stops_when_nothing_gets_better_and_stays_stopped(llama, corpus, tmp_path):
+    # A learning rate of nothing: every evaluation is as good as the first, so none is better.
+    options = {
+        "optim__lr": 1e-12,
+        "optim__max_steps": 20,
+        "run__eval_every": 2,
+        "run__patience": 2,
+        "run__log_every": 5,
+    }
+    config = tiny_config(llama, corpus, tmp_path / "run", **options)
+    for _ in range(2):  # the second call finds it finished
+        assert run_ranks(train, 2, config) == [None, None]
+        results = json.loads((tmp_path / "run/results.json").read_text())
+        assert (results["steps"], results["best_step"]) == (6, 2)
+        assert [r["step"] for r in records(tmp_path / "run", "eval") if r["split"] == "dev"] == [2, 4, 6]
+        assert [r["step"] for r in records(tmp_path / "run", "train")] == [5, 6]

@@ -1,0 +1,63 @@
+"""Losses against hand-computed values."""
+
+import math
+
+import pytest
+import torch
+
+from irtune.config import OptimConfig
+from irtune.engine.losses import build_loss, class_balanced_weights, cross_entropy
+
+pytestmark = pytest.mark.quick
+CPU = torch.device("cpu")
+LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.5], [0.0, 1.0, 3.0]])
+LABELS = torch.tensor([0, 1, 1])
+
+
+def each(logits=LOGITS, labels=LABELS):
+    """Cross-entropy of each example, by hand."""
+    return [-math.log(math.exp(row[y]) / sum(map(math.exp, row))) for row, y in zip(logits.tolist(), labels.tolist())]
+
+
+def test_cross_entropy_is_the_mean():
+    assert float(cross_entropy(LOGITS, LABELS)) == pytest.approx(sum(each()) / 3)
+    assert float(build_loss(OptimConfig(), [1, 2, 3], CPU)(LOGITS, LABELS)) == pytest.approx(sum(each()) / 3)
+
+
+def test_effective_numbers_by_hand():
+    # beta .5: 1 - .5^1 = .5, 1 - .5^2 = .75, 1 - .5^3 = .875, so weights .5 / these, scaled to a mean of 1 by example
+    raw = [0.5 / 0.5, 0.5 / 0.75, 0.5 / 0.875]
+    scale = 6 / (1 * raw[0] + 2 * raw[1] + 3 * raw[2])
+    assert class_balanced_weights([1, 2, 3], 0.5).tolist() == pytest.approx([w * scale for w in raw])
+    assert class_balanced_weights([5, 50], 0.0).tolist() == pytest.approx([1, 1])
+    few, many = class_balanced_weights([10, 1000], 1 - 1e-9).tolist()
+    assert few / many == pytest.approx(100, rel=1e-3)  # inverse frequency
+    assert all(math.isfinite(w) for w in class_balanced_weights([0, 7], 0.999).tolist())
+
+
+def test_class_balanced_divides_by_examples_so_that_micro_batches_may_be_spread():
+    loss = build_loss(OptimConfig(loss="class_balanced", class_balance_beta=0.9), [50, 5, 20], CPU)
+    weights = class_balanced_weights([50, 5, 20], 0.9).tolist()
+    by_hand = sum(weights[y] * value for y, value in zip(LABELS.tolist(), each())) / 3
+    assert float(loss(LOGITS, LABELS)) == pytest.approx(by_hand)
+    parts = [float(loss(LOGITS[i : i + 1], LABELS[i : i + 1])) for i in range(3)]
+    assert float(loss(LOGITS, LABELS)) == pytest.approx(sum(parts) / 3)
+
+
+def test_focal_weighs_by_what_is_missing():
+    by_hand = sum((1 - math.exp(-value)) ** 2 * value for value in each()) / 3
+    assert float(build_loss(OptimConfig(loss="focal"), [1, 1, 1], CPU)(LOGITS, LABELS)) == pytest.approx(by_hand)
+    plain = build_loss(OptimConfig(loss="focal", focal_gamma=0.0), [1, 1, 1], CPU)
+    assert float(plain(LOGITS, LABELS)) == pytest.approx(sum(each()) / 3)
+
+
+def test_label_smoothing_spreads_the_target():
+    smooth = build_loss(OptimConfig(label_smoothing=0.3), [1, 1, 1], CPU)
+    uniform = [sum(each(LOGITS[i : i + 1].repeat(3, 1), torch.arange(3))) / 3 for i in range(3)]
+    by_hand = sum(0.7 * value + 0.3 * flat for value, flat in zip(each(), uniform)) / 3
+    assert float(smooth(LOGITS, LABELS)) == pytest.approx(by_hand)
+
+
+def test_bf16_logits_are_taken_in_fp32():
+    loss = build_loss(OptimConfig(), [1, 1, 1], CPU)(LOGITS.bfloat16(), LABELS)
+    assert loss.dtype == torch.float32

@@ -1,0 +1,156 @@
+"""Recipes and options."""
+
+# ruff: noqa: E501 - tables
+
+import json
+
+from tests.support.bad_input.case import Box, Case
+
+RECIPE, LOAD, PLAUSIBLE, VALIDATE = "config/recipe.py", "config/load.py", "config/plausible.py", "config/validate.py"
+LAUGHS = "".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10) if i else 'ha'}]\n" for i in range(12))
+
+
+def recipe(content: str | bytes, *options: str):
+    return lambda box: box.train("--config", str(box.write("recipe.yaml", content)), *options)
+
+
+def options(*given: str):
+    return lambda box: box.train(*given)
+
+
+def tag(box: Box) -> list[str]:
+    return recipe(f"optim: !!python/object/apply:os.system ['{box.canary()}']\n")(box)
+
+
+def class_path(box: Box) -> list[str]:
+    text = f"{{class_path: os.system, init_args: {{command: {box.canary()}}}}}"
+    return box.train(f"--data.labels={text}")
+
+
+def read(key: str, value: object):
+    def check(output: str, box: Box) -> None:
+        assert json.loads(output)["labels"] == value, key
+
+    return check
+
+
+def stats(content: str | bytes):
+    def build(box: Box) -> list[str]:
+        box.corpus()
+        return box.stats("--config", str(box.write("recipe.yaml", content)))
+
+    return build
+
+
+def folder(box: Box) -> list[str]:
+    (box.folder / "recipe.yaml").mkdir()
+    return box.train("--config", str(box.folder / "recipe.yaml"))
+
+
+def link_loop(box: Box) -> list[str]:
+    (box.folder / "loop").symlink_to(box.folder / "loop")
+    return box.train("--data.path", str(box.folder / "loop"))
+
+
+def output_file(box: Box) -> list[str]:
+    return box.train("--run.output_dir", str(box.write("taken", "")))
+
+
+CASES = [
+    Case("no such recipe", options("--config", "no/such.yaml"), "cannot read the configuration file ...: No such file",
+         RECIPE),
+    Case("a folder as recipe", folder, "cannot read the configuration file ...: Is a directory", RECIPE),
+    Case("a recipe of a megabyte", recipe("#" * 2**20), "it has more than ... bytes", RECIPE),
+    Case("a recipe without end (/dev/zero)", options("--config", "/dev/zero"), "it has more than ... bytes", RECIPE,
+         most_mib=16),
+    Case("a recipe in Latin-1", recipe("run: {output_dir: caf\u00e9}\n".encode("latin-1")),
+         "byte ... is not UTF-8; save the file as UTF-8", RECIPE),
+    Case("a recipe in UTF-16", recipe("optim: {lr: 0.1}\n".encode("utf-16")), "byte ... is not UTF-8", RECIPE),
+    Case("a recipe with a byte-order mark", stats(b"\xef\xbb\xbfdata: {labels: [y, x]}\n"), "the mark is left out",
+         check=read("labels", ["y", "x"])),
+    Case("a recipe with NUL bytes", recipe(b"optim:\0 {lr: 0.1}\n"), "is not valid YAML: unacceptable character", RECIPE),
+    Case("an open bracket", recipe("optim: [1\n"), "is not valid YAML: ...", RECIPE),
+    Case("tabs as indentation", recipe("optim:\n\tlr: 1\n"), "is not valid YAML: ...", RECIPE),
+    Case("two documents in one recipe", recipe("optim: {lr: 0.1}\n---\noptim: {lr: 0.2}\n"),
+         "is not valid YAML: expected a single document", RECIPE),
+    Case("a tag that builds Python objects", tag, "is not valid YAML: could not determine a constructor", RECIPE),
+    Case("aliases of aliases, a billion values written out", recipe(LAUGHS + "optim: {betas: *l11}\n"),
+         "it has more than ... values when its aliases are written out", RECIPE, most_mib=16),
+    Case("the same aliases on the command line",
+         options("--data.labels=[" + ", ".join(f"&l{i} [{', '.join([f'*l{i - 1}'] * 10) if i else 'ha'}]" for i in range(12)) + "]"),
+         "data.labels: takes list[str] ..., not ...", LOAD, most_mib=16),
+    Case("an alias that leads back to itself", recipe("optim: &a {betas: [*a]}\n"), "an alias leads back to itself", RECIPE),
+    Case("an ordinary alias", stats("data: {before: &name before, labels: [y, x], after: after, id: &no no-such-column, group: null}\nmodel: {name_or_path: *no}\n"),
+         "it stands for its value", check=read("labels", ["y", "x"])),
+    Case("3,000 brackets", recipe("optim: " + "[" * 3000), "its lists are nested too deeply", RECIPE),
+    Case("a section twice", recipe("optim: {lr: 0.1}\noptim: {lr: 0.2}\n"), "line ...: the key ... stands twice", RECIPE),
+    Case("a key twice", recipe("optim:\n  lr: 0.1\n  lr: 0.2\n"), "line ...: the key ... stands twice", RECIPE),
+    Case("a date that cannot be", recipe("run: {seed: 2024-99-99}\n"), "is not valid YAML: ...", RECIPE),
+    Case("a number of 5,000 digits", recipe(f"run: {{seed: {'1' * 5000}}}\n"), "is not valid YAML: ...", RECIPE),
+    Case("a list instead of sections", recipe("- optim\n"), "must hold sections (...), not a ...", LOAD),
+    Case("a number as section", recipe("optim: 3\n"), "section ... must hold keys and values, not ...", LOAD),
+    Case("an unknown section", recipe("optimiser: {lr: 0.1}\n"), "unknown option ...; did you mean ...", LOAD),
+    Case("an unknown key", recipe("optim: {rate: 0.1}\n"), "unknown option ...; did you mean ...", LOAD),
+    Case("an unknown key of a megabyte", lambda box: ["validate", f"--{'k' * 2**20}=1"], "unknown option ...", LOAD),
+    Case("a list where a number belongs", recipe("optim: {lr: [0.1]}\n"), "optim.lr: takes float, not ...", LOAD),
+    Case("a map where a number belongs", recipe("optim: {lr: {a: 1}}\n"), "optim.lr: takes float, not ...", LOAD),
+    Case("text where a number belongs", recipe("optim: {lr: fast}\n"), "optim.lr: takes float, not ...", LOAD),
+    Case("true where a number belongs", recipe("optim: {micro_batch_size: true}\n"),
+         "optim.micro_batch_size: takes int, not ...", LOAD),
+    Case("a fraction where a whole number belongs", options("--run.seed=3.5"), "run.seed: takes int, not ...", LOAD),
+    Case("a choice that is none", options("--tuning.method=rts"), "tuning.method: takes one of...; did you mean ...", LOAD),
+    Case("not a number", recipe("tuning: {budget: .nan}\n"), "tuning.budget is ...; accepted: a finite number", PLAUSIBLE),
+    Case("an infinite number of epochs", options("--optim.epochs=1e308"), "optim.epochs is ...; accepted: a finite number of at most ...",
+         PLAUSIBLE),
+    Case("a time-out of 20 digits", options(f"--run.timeout_seconds={'9' * 20}"),
+         "run.timeout_seconds is ...; accepted: a finite number of at most ...", PLAUSIBLE),
+    Case("a negative learning rate", options("--optim.lr=-1"), "optim.lr is ...; accepted: a number above 0", VALIDATE),
+    Case("a share above 1", options("--tuning.max_fraction=1.5"), "tuning.max_fraction is ...; accepted: a number above 0, at most 1", VALIDATE),
+    Case("a least share above the largest", options("--tuning.min_fraction=0.9", "--tuning.max_fraction=0.2"),
+         "tuning.min_fraction (...) is above tuning.max_fraction (...)", VALIDATE),
+    Case("options that contradict each other", options("--tuning.method=full", "--tuning.budget=3"),
+         "tuning.budget has no meaning for tuning.method ...; leave it out", VALIDATE),
+    Case("a cost weight for a method that has no scores", options("--tuning.method=rst", "--tuning.cost_weight=0.5"),
+         "tuning.cost_weight has no meaning for tuning.method ...; leave it out", VALIDATE),
+    Case("a cost weight where it changes nothing", options("--adapter.type=ltuning-prefix", "--tuning.cost_weight=0.5"),
+         "tuning.cost_weight has no effect with ...: the backward pass goes through all layers anyway; leave it out", VALIDATE),
+    Case("compiled layers over a quantised base", options("--model.compile=true", "--model.quantization=nf4"),
+         "model.compile does not go with model.quantization ...; set one of the two back", VALIDATE),
+    Case("layers without the method that takes them", options("--tuning.layers=0-3"),
+         "tuning.layers goes with tuning.method fixed", VALIDATE),
+    Case("six mistakes at once",
+         recipe("optim: {lr: fast, micro_batch_size: 0}\nmodel: {dtype: int4}\ntunning: {method: ir}\n",
+                "--tuning.intervall", "3", "--run.seed=-1", "--data.fold=7/3"),
+         "6 errors in the configuration: ...", "errors.py"),
+    Case("an option without its value", options("--optim.lr"), "option ... needs a value", LOAD),
+    Case("a word that is no option", lambda box: box.train("[a,", "b]"), "unexpected argument ...: options are written", LOAD),
+    Case("labels named yes and no, which YAML reads as true and false", recipe("data: {labels: {yes: a, no: b}}\n"),
+         "data.labels: ... is no text (YAML reads yes, no, on and off as truth values); put labels in quotes", VALIDATE),
+    Case("a list with the same label twice", options("--data.labels=[x, x]"), "data.labels names a label twice: ...", VALIDATE),
+    Case("an object where labels belong", class_path, "data.labels: takes list[str] ..., not ...", LOAD),
+    Case("an empty path", options("--run.output_dir="), "run.output_dir is ...; accepted: a path", PLAUSIBLE),
+    Case("a path with a NUL character", recipe('run: {output_dir: "a\\0b"}\n'), "run.output_dir ...with a NUL character", PLAUSIBLE),
+    Case("a path of 300 characters without a slash", options("--data.path", "x" * 300), "data.path is ..., which cannot be looked up: ...",
+         PLAUSIBLE),
+    Case("a path of 5,000 characters", options("--data.path", "x/" * 2500), "data.path has ... characters; accepted: at most ...", PLAUSIBLE),
+    Case("the home of a user that does not exist", options("--data.path", "~nobody-of-that-name/x"),
+         "there is no user of that name with a home folder", PLAUSIBLE),
+    Case("a link that leads to itself", link_loop, "data.path is ..., which cannot be looked up: ...", PLAUSIBLE),
+    Case("half a character in a name", recipe('data: {before: "\\ud800"}\n'), "data.before is ..., which is not valid Unicode", PLAUSIBLE),
+    Case("a password in a model's address", options("--model.name_or_path", "https://me:pass4word@host/model"),
+         "model.name_or_path holds a password or token", PLAUSIBLE),
+    Case("a token as value", recipe("data: {path: hf_AbCdEfGhIj0123456789KlMn}\n"), "data.path holds a password or token", PLAUSIBLE),
+    Case("an output folder that is a file", output_file, "run.output_dir: cannot write to ...", "prepare.py"),
+    Case("a global batch that the ranks cannot share", options("--optim.global_batch_size=3"),
+         "optim.global_batch_size is ..., which is no multiple of optim.micro_batch_size ...; accepted: 2 or 4, or optim.micro_batch_size 3 or 1", "config/batch.py"),
+    Case("a global batch and another accumulation", options("--optim.global_batch_size=8", "--optim.gradient_accumulation_steps=3"),
+         "optim.gradient_accumulation_steps is ..., but optim.global_batch_size ... makes it 4; leave one of the two out", "config/batch.py"),
+    Case("micro-batches of fewer tokens than the longest text", options("--optim.micro_batch_tokens=32"),
+         "optim.micro_batch_tokens is ...; accepted: at least data.max_length, ...", VALIDATE),
+    Case("micro-batches by tokens and a global batch of examples", options("--optim.micro_batch_tokens=256", "--optim.global_batch_size=8"),
+         "optim.global_batch_size ... counts examples, of which optim.micro_batch_tokens ... puts more or fewer into a micro-batch; leave one of the two out", VALIDATE),
+    Case("micro-batches by tokens and embeddings before the text",
+         options("--optim.micro_batch_tokens=256", "--adapter.type=prompt", "--tuning.method=full"),
+         "optim.micro_batch_tokens does not count the embeddings that adapter.type prompt puts before every text; leave it out", VALIDATE),
+    Case("a global batch of nothing", options("--optim.global_batch_size=0"), "optim.global_batch_size is ...; accepted: at least 1", VALIDATE),
+]  # fmt: skip

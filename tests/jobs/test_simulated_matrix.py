@@ -1,0 +1,66 @@
+"""Every stage, number format, adapter type and method on the simulated CUDA device: each run ends."""
+
+import pytest
+
+from irtune.config import load_config
+from tests.support import ROOT
+from tests.support.simulated.client import needs_compiler, options_of, serving
+
+pytestmark = [needs_compiler, pytest.mark.slow]
+BF16, FP16 = ["--adapter.dtype", "model"], ["--adapter.dtype", "model", "--model.dtype", "float16"]
+NF4, FULL = ["--model.quantization", "nf4"], ["--tuning.method", "full"]
+BY_STAGE = {
+    "bf16": BF16, "fp16": FP16, "nf4": NF4, "accumulation": ["--optim.gradient_accumulation_steps", "2"],
+    "checkpointing": ["--model.gradient_checkpointing", "true"],
+}  # fmt: skip
+ADAPTERS = {
+    "dora": [], "rslora": [], "pissa": [], "bottleneck": [], "prefix": [], "prompt": FULL, "none": BF16,
+    "ltuning-prompt": FULL, "ltuning-prefix": [],
+}  # fmt: skip
+METHODS = ("full", "rst", "ist", "lisa", "cyclic", "grass", "spectrum", "topk")
+CASES = {
+    **{f"zero{n} {name}": (f"zero{n}", more) for n in (0, 1, 2, 3) for name, more in BY_STAGE.items()
+       if (name, n) != ("nf4", 1)},
+    **{f"offload{n} {name}": (f"zero{n}_offload", more) for n in (2, 3)
+       for name, more in {"fp32": [], "bf16": BF16, "accumulation": BY_STAGE["accumulation"]}.items()},
+    **{f"zero{n} {name}": (f"zero{n}", ["--adapter.type", name, *more]) for n in (2, 3) for name, more in ADAPTERS.items()
+       if (name, n) not in (("rslora", 3), ("prompt", 3), ("bottleneck", 3), ("ltuning-prompt", 3))},
+    **{f"method {name}": ("zero2", ["--tuning.method", name]) for name in METHODS},
+    "zero3 ist": ("zero3", ["--tuning.method", "ist"]),
+    **{f"score {name}": ("zero2", ["--tuning.score", name]) for name in ("global", "reference", "weight", "cosine")},
+    "preset reference": ("zero2", ["--tuning.preset", "reference"]),
+    "loss class_balanced": ("zero2", ["--optim.loss", "class_balanced", "--optim.label_smoothing", "0.1"]),
+    "loss focal": ("zero2", ["--optim.loss", "focal"]),
+    "deterministic": ("zero2", ["--run.deterministic", "true"]),
+    "micro_batch_tokens": ("zero2", ["--optim.micro_batch_tokens", "400"]),
+    "int8": ("zero2", ["--model.quantization", "int8"]),
+}  # fmt: skip
+TWO_RANKS = ("zero0 bf16", "zero1 accumulation", "zero2 nf4", "zero3 bf16", "zero3 accumulation", "offload2 bf16",
+             "offload3 fp32", "method ist", "zero3 none", "zero2 ltuning-prefix")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    with serving(tmp_path_factory.getbasetemp()) as server:
+        yield server
+
+
+def train(gpu, llama, corpus, folder, name: str, ranks: int):
+    engine, more = CASES[name]
+    config = load_config([
+        "--model.name_or_path", str(llama), "--data.path", str(corpus), "--data.max_length", "64", "--adapter.r", "4",
+        "--deepspeed", str(ROOT / f"ds_configs/{engine}.json"), "--optim.max_steps", "6", "--tuning.interval", "2",
+        "--run.log_every", "3", "--run.eval_every", "6", "--optim.micro_batch_size", "4", "--run.timeout_seconds", "60",
+        *more,
+    ])  # fmt: skip
+    return gpu.run(options_of(config), folder, ranks)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_ends(gpu, llama, corpus, tmp_path, name):
+    assert train(gpu, llama, corpus, tmp_path, name, 1).results["steps"] == 6
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_it_ends_on_two_ranks(gpu, llama, corpus, tmp_path, name):
+    assert train(gpu, llama, corpus, tmp_path, name, 2).results["world_size"] == 2

@@ -76,7 +76,10 @@ class DataConfig:
     preset: Literal["iterater-human", "argrewrite"] | None = None
     """Known corpus: sets the columns and the labels that are dropped. Keys given beside it win."""
     path: str | None = None
-    """A file (then it is the training split), a folder with train, dev and test files, or a hub id."""
+    """A file (then it is the training split), a folder with train, dev and test files (also shards as the hub has them,
+    and what save_to_disk writes), or a hub id."""
+    config: str | None = None
+    """Configuration of a hub corpus, or of a folder laid out like one, that has several."""
     train: str | None = None
     """File of the training split, when it is not found by data.path."""
     dev: str | None = None
@@ -93,9 +96,12 @@ class DataConfig:
     """Column with an example's id. Where it is missing, an example is called SPLIT:ROW."""
     group: str | None = None
     """Column with an example's document, which is kept on one side when a dev split is made."""
+    weight: str | None = None
+    """Column with an example's weight in the training loss, a number of at least 0. The loss stays a mean over the
+    examples: the sum of weight times loss, divided by their number."""
     dev_fraction: float | None = None
-    """Share of the training split that becomes the dev split of a corpus without one. null: such a corpus is an
-    error."""
+    """Share of the training split that becomes the dev split of a corpus without one: of each label to within one
+    example, or as near as documents that stay whole allow. null: such a corpus is an error."""
     fold: str | None = None
     """K/N, for example 2/5: train and dev split are joined and cut into N folds, of which the K-th is the dev split."""
     split_seed: int = 0
@@ -111,6 +117,9 @@ class DataConfig:
     """Longest input in tokens. The longer of the two texts is shortened first; the template is never cut."""
     prompt: Literal["plain", "instruction", "tagged"] = "tagged"
     """How a pair is written: plain pair, instruction with the list of labels, or <old>...</old><new>...</new>."""
+    template: str | None = None
+    """Your own format instead of prompt: a text, or a file with one, that holds {before} and, for pairs, {after} behind
+    it; {labels} is the list of labels, and {{ and }} are braces. A file's text goes into the run's config.yaml."""
 
 
 @dataclass(kw_only=True)
@@ -175,6 +184,8 @@ class OptimConfig:
     """Adam's denominator offset."""
     warmup_steps: int = 10
     """Optimizer steps of linear warm-up."""
+    warmup_fraction: float | None = None
+    """Share of all optimizer steps that is linear warm-up, rounded up, instead of warmup_steps."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up; linear and cosine end at 0."""
     max_grad_norm: float = 1.0
@@ -195,6 +206,9 @@ class OptimConfig:
     with fewer or more ranks. null: micro_batch_size x gradient_accumulation_steps x ranks."""
     loss: Literal["cross_entropy", "class_balanced", "focal"] = "cross_entropy"
     """What is minimised. class_balanced: rare classes weigh more; focal: examples that are hard weigh more."""
+    class_weights: list[float] | dict[str, float] | None = None
+    """Weight of each class in the training loss: a list in the order of the labels, or a map from label to weight, in
+    which a label may be left out (1). The loss stays a mean over the examples."""
     class_balance_beta: float = 0.999
     """beta of class_balanced: 0 weighs all classes alike, values near 1 by inverse frequency."""
     focal_gamma: float = 2.0
@@ -221,7 +235,7 @@ class RunConfig:
     """Evaluations in a row without a better best_metric before training stops early; 0: it never does."""
     keep_last: int = 2
     """Checkpoints that are kept besides the best one."""
-    best_metric: Literal["macro_f1", "accuracy", "auprc", "loss"] = "macro_f1"
+    best_metric: Literal["macro_f1", "macro_f1_present", "accuracy", "auprc", "loss"] = "macro_f1"
     """Dev metric by which the best checkpoint is chosen (loss: lower is better)."""
     resume: str = "auto"
     """auto: go on from the last checkpoint in output_dir if there is one; never: refuse a folder that has one; or a

@@ -66,8 +66,9 @@ def predict(
 def metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
     """Every metric that a result reports, in plain JSON types.
 
-    Classes that occur neither as label nor as prediction count as zero in macro averages. AUPRC is the macro mean over
-    all classes of the average precision of the softmax scores.
+    Classes that occur neither as label nor as prediction count as zero in macro averages; macro_f1_present is the mean
+    over the classes that occur as label. AUPRC is the macro mean over all classes of the average precision of the
+    softmax scores.
     """
     # Imported here: it takes half a second, which the first step need not wait for.
     from torchmetrics.functional import classification
@@ -87,6 +88,7 @@ def metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
         "macro_precision": float(precision.mean()),
         "macro_recall": float(recall.mean()),
         "macro_f1": float(f1.mean()),
+        "macro_f1_present": float(f1[support > 0].mean()),
         "auprc": float(average_precision.mean()),
         "per_class": {
             name: {

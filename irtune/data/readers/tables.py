@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from irtune.data.readers.cells import Columns, Row, check_names
-from irtune.data.readers.parquet_xlsx import parquet_rows, xlsx_rows
+from irtune.data.readers.parquet_xlsx import arrow_rows, parquet_rows, xlsx_rows
 from irtune.errors import DataError
 from irtune.redaction import redact
 
 NumberedRows = list[tuple[int, Row]]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".arrow")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z")
 MAX_LINE = 2**25  # bytes: two texts of a million characters, all of them written as \uXXXX
 MAX_JSON = 2**29  # bytes of a .json file, which is read whole
@@ -31,8 +31,10 @@ def read_table(path: Path, columns: Columns | None = None) -> NumberedRows:
     return list(table_rows(path, columns))
 
 
-def table_rows(path: Path, columns: Columns | None = None) -> Iterator[tuple[int, Row]]:
+def table_rows(path: Path, columns: Columns | None = None, *, part: bool = False) -> Iterator[tuple[int, Row]]:
     """Rows of `path` one by one, each with its number as an editor or a spreadsheet shows it.
+
+    `part`: of several files of one table, which may be without rows.
 
     Empty cells of CSV, TSV and .xlsx files are empty strings, which is what an addition or a deletion looks like.
 
@@ -41,7 +43,8 @@ def table_rows(path: Path, columns: Columns | None = None) -> Iterator[tuple[int
     """
     _check_file(path)
     empty, kind = True, path.suffix[1:].lower()
-    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "parquet": parquet_rows, "xlsx": xlsx_rows}
+    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "parquet": parquet_rows, "xlsx": xlsx_rows,
+               "arrow": arrow_rows}  # fmt: skip
     try:
         for row in readers[kind](path, columns or (lambda names: names)):
             empty = False
@@ -49,11 +52,11 @@ def table_rows(path: Path, columns: Columns | None = None) -> Iterator[tuple[int
     except DataError:
         raise
     except UnicodeDecodeError as error:
-        packed = kind in ("parquet", "xlsx")
+        packed = kind in ("parquet", "xlsx", "arrow")
         raise DataError(f"{path}: a text in it is not UTF-8" if packed else _not_utf8(path)) from error
     except Exception as error:  # pyarrow and openpyxl raise many kinds for a damaged file
         raise DataError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
-    if empty:
+    if empty and not part:
         raise DataError(f"{path} has no rows")
 
 

@@ -88,6 +88,10 @@ def documents(names: list[object], *options: str):
     return build
 
 
+def weights(values: list[object], *options: str):
+    return lambda box: box.on(box.corpus([row | {"w": value} for row, value in zip(TRAIN, values)]), *options)
+
+
 def mixed_labels(box: Box) -> list[str]:
     box.corpus([row | {"label": label} for row, label in zip(TRAIN, (1, "1", 2, "2"))], [DEV[0] | {"label": 1}])
     return box.stats()
@@ -261,8 +265,12 @@ VALUES = [
     Case("numbers and texts as labels", mixed_labels, '1 and "1" are one label', check=counts(4, ["1", "2"])),
     Case("a label that is not a number (NaN)", file("train.jsonl", '{"before": "a", "after": "b", "label": NaN}\n'), "column 'label': nan is no label", CELLS),
     Case("a label that is null", cell("label", None), "row 2, column 'label': None is no label", CELLS),
-    Case("a label that is true", cell("label", True), "column 'label': True is no label", CELLS),
-    Case("a label that is a fraction", cell("label", 1.0), "column 'label': 1.0 is no label", CELLS),
+    Case("a label that is a list", cell("label", ["x"]), "row 2, column 'label': ['x'] is no label; an example has exactly one", CELLS),
+    Case("a label that is a fraction", cell("label", 1.5), "column 'label': 1.5 is no label; accepted: a text, a whole number", CELLS),
+    Case("a weight below 0", weights([1, -1, 1, 1], "--data.weight=w"), "row 2, column 'w': -1 is not a weight; accepted: a number of at least 0", CELLS),
+    Case("a weight that is not a number (NaN)", weights([1, 1, float("nan"), 1], "--data.weight=w"), "row 3, column 'w': nan is not a weight", CELLS),
+    Case("weights that are all 0", weights([0, 0, 0, 0], "--data.weight=w"), "every weight in column 'w' (data.weight) is 0", CORPUS),
+    Case("no column of weights", rows(TRAIN, "--data.weight=w"), "no column 'w'... Columns: before, after, label", RECORDS),
     Case("an empty label", cell("label", "  "), "column 'label': '  ' is no label: nothing of it can be seen", CELLS),
     Case("a label of zero-width characters", cell("label", "\u200b\u200d"), "is no label: nothing of it can be seen", CELLS),
     Case("a label that would steer a terminal", cell("label", "\u001b[2Jx"), "is no label: it holds control characters or line breaks", CELLS),

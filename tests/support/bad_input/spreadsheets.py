@@ -124,6 +124,11 @@ def table(**changed: object):
     return lambda box: box.on(beside_dev(box, "train.parquet", parquet(columns(**changed))))
 
 
+def table_with(note: bytes):
+    made = columns().replace_schema_metadata({b"huggingface": note})
+    return lambda box: box.on(beside_dev(box, "train.parquet", parquet(made)))
+
+
 def dictionary_bomb(box: Box) -> list[str]:
     """A hundred thousand rows that are all the same text of 5 MB."""
     indices = pyarrow.array([0] * 10**5, pyarrow.int32())
@@ -202,7 +207,9 @@ CASES = [
     Case("a hundred thousand times the same text of 5 MB", dictionary_bomb, "a text of ... bytes; accepted: at most ...", BINARY, most_mib=50),
     Case("a text of 100 MB that packs to kilobytes", page_bomb, "would unpack to ... MiB; accepted for a file of ... MiB: at most ...", BINARY, most_mib=50),
     Case("bytes where a text belongs", table(before=[b"a", b"c", b"e", b"g"]), "column 'before': expected text, not the bytes ...", CELLS),
-    Case("labels with a gap (1.0 and NaN)", table(label=[1.0, 2.0, float("nan"), 1.0]), "row 1, column 'label': 1.0 is no label", CELLS),
+    Case("labels with a gap (1.0 and NaN)", table(label=[1.0, 2.0, float("nan"), 1.0]), "row 3, column 'label': nan is no label: the cell is empty", CELLS),
+    Case("lists as labels (.parquet)", table(label=[["x"], ["y"], ["x"], ["y"]]), "row 1, column 'label': ['x'] is no label; an example has exactly one", CELLS),
+    Case("a damaged note on classes (.parquet)", table_with(b"{'info': 1}"), "what the schema notes under 'huggingface' is damaged: ...", BINARY),
     Case("a text that is not UTF-8 (.parquet)", broken_text, "a text in it is not UTF-8", TABLES),
     Case("a column twice (.parquet)", twice, "the column 'label' stands there 2 times", CELLS),
     Case("a pickled type in a .parquet file", pickled_type, "it is not unpickled", check=counts(4, ["x", "y"])),

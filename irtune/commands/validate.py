@@ -9,9 +9,11 @@ from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch_size import for_ranks
 from irtune.config.deepspeed_json import read_engine_json
+from irtune.config.warmup import warmup_length
 from irtune.data import Corpus, Encoder, plan_batches, read_corpus
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
+from irtune.engine.losses import class_weights
 from irtune.errors import ConfigError, IrtuneError
 from irtune.memory import describe, plan_run, shortage
 from irtune.memory.measure import device_memory_bytes
@@ -60,6 +62,8 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     problems += engine_problems + unknown_zero_keys(settings)
     config = for_ranks(config, ranks)
     corpus = _tried(lambda: read_corpus(config.data), problems)
+    if corpus:
+        _tried(lambda: class_weights(config.optim, corpus.labels), problems)
     tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
     encoder = encoded = plan = None
     if corpus and tokenizer:
@@ -128,8 +132,9 @@ def _warnings(corpus: Corpus, at_limit: int, steps: int, config: Config) -> list
         share = at_limit / len(corpus.splits["train"])
         warnings.append(f"{at_limit} training examples ({share:.1%}) reach data.max_length {config.data.max_length} "
                         "and may be shortened")  # fmt: skip
-    if config.optim.warmup_steps >= steps:
-        warnings.append(f"optim.warmup_steps ({config.optim.warmup_steps}) lasts for all {steps} steps")
+    if warmup_length(config.optim, steps) >= steps:
+        given = "warmup_steps" if config.optim.warmup_fraction is None else "warmup_fraction"
+        warnings.append(f"optim.{given} ({getattr(config.optim, given)}) lasts for all {steps} steps")
     if config.tuning.method == "ir" and config.tuning.interval >= steps:
         warnings.append(f"tuning.interval ({config.tuning.interval}): layers are chosen only once in {steps} steps")
     return warnings

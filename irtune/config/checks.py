@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from irtune.config.schema import AdapterConfig, Config
+from irtune.config.schema import AdapterConfig, Config, DataConfig
+from irtune.config.template import template_problems
 
 MAX_SPLITS = 8
 LARGEST = 2**16  # rank or width of an adapter; wider ones are typing errors that would fill the memory
@@ -22,7 +23,7 @@ OUTSIDE_LAYERS = ("prompt", "ltuning-prompt")
 
 def check_config(config: Config) -> list[str]:
     """Return one sentence per problem in `config`; an empty list means that it can be tried."""
-    return [*_check_numbers(config), *_check_data(config), *_check_combinations(config)]
+    return [*_check_numbers(config), *_check_data(config), *_check_loss(config), *_check_combinations(config)]
 
 
 def _check_numbers(config: Config) -> list[str]:
@@ -145,6 +146,37 @@ def _check_data(config: Config) -> list[str]:
     columns = [column for column in (data.before, data.after, data.label) if column is not None]
     if len(set(columns)) != len(columns):
         problems.append(f"data.before, data.after and data.label must be different columns, not {columns}")
+    if data.weight is not None and data.weight in columns:
+        problems.append(f"data.weight is {data.weight!r}, a column that is a text or the label already")
+    if data.template is not None:
+        if data.prompt != DataConfig.prompt:
+            problems.append(f"data.template takes the place of data.prompt {data.prompt}; leave one of the two out")
+        problems += template_problems(data.template, pair=data.after is not None)
+    return problems
+
+
+def _check_loss(config: Config) -> list[str]:
+    """Weights of classes and the warm-up: what can be said without the corpus."""
+    optim, problems = config.optim, []
+    if optim.warmup_fraction is not None:
+        if not 0 <= optim.warmup_fraction < 1:
+            problems.append(f"optim.warmup_fraction is {optim.warmup_fraction!r}; accepted: a number from 0 to below 1")
+        if optim.warmup_steps:
+            problems.append(
+                f"optim.warmup_fraction {optim.warmup_fraction} and optim.warmup_steps {optim.warmup_steps} set "
+                "the warm-up; leave one of the two out"
+            )
+    weights = optim.class_weights
+    if weights is None:
+        return problems
+    named = weights if isinstance(weights, dict) else dict(enumerate(weights))
+    wrong = [f"{name}: {value}" for name, value in named.items() if not 0 <= value < math.inf]
+    if wrong:
+        problems.append(f"optim.class_weights holds {', '.join(wrong[:5])}; accepted: numbers of at least 0")
+    elif not any(named.values()):
+        problems.append("optim.class_weights has no weight above 0: nothing would be learnt")
+    if optim.loss == "class_balanced":
+        problems.append("optim.class_weights and optim.loss class_balanced both weigh classes; leave one of them out")
     return problems
 
 

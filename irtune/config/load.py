@@ -22,6 +22,7 @@ from irtune.config.schema import (
     RunConfig,
     TuningConfig,
 )
+from irtune.config.template import read_template
 from irtune.config.values import implausible
 from irtune.config.yaml_file import parse_yaml, read_recipe
 from irtune.errors import ConfigError, brief
@@ -78,6 +79,13 @@ def load_config(arguments: Sequence[str]) -> Config:
     values = _read_yaml(file, problems) if file is not None else {}
     checked = _typed(values, f"{file}: ", problems, from_command_line=False)
     checked |= _typed(overrides, "", problems, from_command_line=True)
+    if checked.get("optim.warmup_fraction") is not None:
+        checked = {"optim.warmup_steps": 0} | checked  # in place of the default; a number beside it is a contradiction
+    if checked.get("data.template") is not None:
+        checked["data.template"], unread = read_template(checked["data.template"])
+        problems += unread
+        if unread:
+            del checked["data.template"]
     config = _instantiate(fill_presets(checked))
     problems += check_config(config)
     problems += read_engine_json(config, world_size=None)[1]
@@ -154,6 +162,8 @@ def _typed(values: dict[str, Any], where: str, problems: list[str], *, from_comm
             else:
                 value = parse_yaml(value) if from_command_line else value
                 value = _labels_as_text(value) if key in ("data.labels", "data.drop_labels") else value
+                if key == "optim.class_weights" and isinstance(value, dict):
+                    value = dict(zip(_labels_as_text(list(value)), value.values()))
                 if value is None and type(None) not in typing.get_args(_declared(key)):
                     raise TypeError("null")  # which jsonargparse takes for no value at all
                 parsed = _parser_of(key).parse_object({"value": value}).value

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from irtune.config.schema import DataConfig
+from irtune.config.template import template_pieces
 from irtune.data.corpus import Example
+from irtune.data.pair_format import pair_format
 from irtune.errors import ConfigError, DataError
 
 # Pieces of each template around {before} and {after}. The instruction also gets the list of labels.
@@ -21,8 +23,8 @@ PAIR_SEPARATOR = "\n"  # for tokenizers without a separator of their own
 class Encoder:
     """Turns examples into token ids no longer than `data.max_length`.
 
-    The tokenizer's own special tokens stand where it puts them around one text (or between two, for `plain` with
-    tokenizers that have a separator). Text that looks like a special token is split like any other text.
+    The tokenizer's own special tokens stand where it puts them around one text (or around and between two, for `plain`
+    with tokenizers that have a separator). Text that looks like a special token is split like any other text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: Sequence[str]):
@@ -35,20 +37,30 @@ class Encoder:
         self.max_length = data.max_length
         self.has_pair = data.after is not None
         self.token_types = "token_type_ids" in tokenizer.model_input_names
-        self.head, self.middle, self.tail = self._template(data.prompt, labels)
+        self.tail_types: list[int] | None = None  # where they are not those of the text before them
+        self.head, self.middle, self.tail = self._template(data, labels)
         self.budget = data.max_length - len(self.head) - len(self.middle) - len(self.tail)
         if self.budget < 2:
             raise ConfigError(
-                f"data.max_length is {data.max_length}, but the {data.prompt} template alone takes "
+                f"data.max_length is {data.max_length}, but the {'own' if data.template else data.prompt} template "
+                "alone takes "
                 f"{data.max_length - self.budget} tokens; accepted: at least {data.max_length - self.budget + 2}"
             )
 
-    def _template(self, prompt: str, labels: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
+    def _template(self, data: DataConfig, labels: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
         """Token ids before, between and after the texts."""
+        prompt = data.prompt
         start, end = self._specials()
+        if data.template is not None:
+            own = [self._ids(piece) for piece in template_pieces(data.template, labels)]
+            return start + own[0], own[1] if self.has_pair else [], own[-1] + end
         if not self.has_pair:
             return start, [], end
         if prompt == "plain":
+            pair = pair_format(self.tokenizer, self._ids)
+            if pair is not None:
+                self.tail_types = pair.tail_types
+                return pair.head, pair.middle, pair.tail
             separator = self.tokenizer.sep_token_id
             return start, [separator] if separator is not None else self._ids(PAIR_SEPARATOR), end
         pieces = TAGGED if prompt == "tagged" else INSTRUCTION
@@ -87,7 +99,10 @@ class Encoder:
         encoded = {"input_ids": first + second}
         if self.token_types:
             paired = len(second) if self.has_pair else 0
-            encoded["token_type_ids"] = [0] * (len(first) + len(second) - paired) + [1] * paired
+            types = [0] * (len(first) + len(second) - paired) + [1] * paired
+            if self.tail_types is not None:
+                types[len(types) - len(self.tail_types) :] = self.tail_types
+            encoded["token_type_ids"] = types
         return encoded
 
 

@@ -35,6 +35,7 @@ def encoder_digest(encoder: Encoder) -> str:
     tokenizer = encoder.tokenizer
     found = hashlib.sha256(type(tokenizer).__name__.encode())
     around = [encoder.head, encoder.middle, encoder.tail, encoder.budget, encoder.token_types, encoder.has_pair]
+    around += [encoder.tail_types] if encoder.tail_types is not None else []
     found.update(json.dumps(around).encode())
     if tokenizer.is_fast:
         found.update(tokenizer.backend_tokenizer.to_str().encode())

@@ -33,6 +33,7 @@ from irtune.engine.shards import Layout
 from irtune.engine.update import DeviceAdamW, update_on_device
 
 log = logging.getLogger(__name__)
+WEIGHTS = "weights"  # of a batch: how much each example counts in the loss, fp32 [batch]
 
 
 class Engine:
@@ -57,7 +58,8 @@ class Engine:
             optim: learning rate and Adam's constants.
             settings: the completed DeepSpeed JSON.
             park: keep the state of deselected layers in host memory (False: throw it away).
-            loss: logits [batch, classes] and labels [batch] to the mean over the batch.
+            loss: logits [batch, classes], labels [batch] and, where a batch has them, its examples' weights [batch] to
+                the mean over the batch.
             recompute: compute the activations of trained layers again in the backward pass instead of storing them.
         """
         check_version()
@@ -131,14 +133,15 @@ class Engine:
         return self._loss(self.module, batch)
 
     def _loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return self.loss(model(**inputs).logits, batch["labels"])
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", WEIGHTS)}
+        weights = [batch[WEIGHTS]] if WEIGHTS in batch else []
+        return self.loss(model(**inputs).logits, batch["labels"], *weights)
 
     def probe(self, batch: dict[str, torch.Tensor], *, backward: bool) -> None:
         """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer."""
         if not backward:
             with torch.no_grad():
-                self.module(**batch)
+                self.module(**{name: tensor for name, tensor in batch.items() if name != WEIGHTS})
             return
         for _, parameter in self.table.head:
             parameter.requires_grad_(False)

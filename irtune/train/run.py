@@ -114,7 +114,8 @@ def build(plans: Plans, world: World, folder: Path) -> Trainer:
     config, state = plans.config, plans.state
     park = config.tuning.deselected_state == "offload"
     labels = [example.label for example in plans.corpus.splits["train"]]
-    loss = build_loss(config.optim, [labels.count(c) for c in range(len(plans.corpus.labels))], world.device)
+    counts = [labels.count(c) for c in range(len(plans.corpus.labels))]
+    loss = build_loss(config.optim, counts, world.device, plans.corpus.labels)
     if config.model.fused_kernels:
         add_fused_kernels(plans.model)
     if config.model.compile:

@@ -20,6 +20,7 @@ from irtune.distributed import node_checks as nodes
 from irtune.distributed.partitioned import whole
 from irtune.distributed.runtime import World
 from irtune.engine.deepspeed_private import unknown_zero_keys
+from irtune.engine.losses import class_weights
 from irtune.errors import ConfigError
 from irtune.memory import RunPlan, plan_run, shortage
 from irtune.memory.measure import device_memory_bytes
@@ -92,6 +93,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
         resumed = find_checkpoint(config, checkpoints)
         corpus = read_corpus(config.data)
+        class_weights(config.optim, corpus.labels)  # they fit the labels?
         digest = corpus_digest(corpus)
     nodes.check_equal({"the corpus": digest, "the checkpoint to go on from": resumed.name if resumed else "none"})
     with runtime.shared_errors():

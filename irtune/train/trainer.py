@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from irtune.config import Config
+from irtune.config.warmup import warmup_length
 from irtune.data import BatchPlan, Corpus, collate
 from irtune.distributed import runtime
 from irtune.engine import Engine
+from irtune.engine.engine import WEIGHTS
 from irtune.errors import StoppedError, TrainingError
 from irtune.evaluation.metrics import Predictions, metrics, predict
 from irtune.files import writing
@@ -176,7 +178,7 @@ class Trainer:
         return learning_rate(
             step,
             peak=optim.lr,
-            warmup_steps=optim.warmup_steps,
+            warmup_steps=warmup_length(optim, self.max_steps),
             max_steps=self.max_steps,
             schedule=optim.schedule,
         )
@@ -231,12 +233,15 @@ class Trainer:
         for number in range(rank, len(plan), world):
             # Seeded by place in the plan, not by rank: any split over ranks draws the same dropout.
             torch.manual_seed(runtime.derived_seed(self.config.run.seed, "micro-batch", step, number))
-            yield collate(
+            batch = collate(
                 [self.encoded["train"][i] for i in plan[number]],
                 self.pad_token_id,
                 [examples[i].label for i in plan[number]],
                 self.device,
             )
+            if self.config.data.weight is not None:
+                batch[WEIGHTS] = torch.tensor([examples[i].weight for i in plan[number]], device=self.device)
+            yield batch
 
     # ----- records -----
 

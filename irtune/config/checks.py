@@ -163,7 +163,7 @@ def _check_loss(config: Config) -> list[str]:
             problems.append(f"optim.warmup_fraction is {optim.warmup_fraction!r}; accepted: a number from 0 to below 1")
         if optim.warmup_steps:
             problems.append(
-                f"optim.warmup_fraction {optim.warmup_fraction} and optim.warmup_steps {optim.warmup_steps} set "
+                f"optim.warmup_fraction {optim.warmup_fraction} and optim.warmup_steps {optim.warmup_steps} both set "
                 "the warm-up; leave one of the two out"
             )
     weights = optim.class_weights

@@ -15,7 +15,10 @@ def read_template(value: str) -> tuple[str, list[str]]:
     if "{" in value or "}" in value:
         return value, []
     try:
-        with Path(value).expanduser().open("rb") as file:
+        path = Path(value).expanduser()
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is not a file")
+        with path.open("rb") as file:
             content = file.read(4 * MAX_CHARACTERS + 1)
         text = content.decode("utf-8-sig")
     except (OSError, RuntimeError, ValueError) as error:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from tests.support.bad_input.case import DEV, TRAIN, Box, Case, Row
 
 CORPUS, TABLES, CELLS, RECORDS = "data/corpus.py", "data/tables.py", "data/cells.py", "data/records.py"
+LAYOUTS = "data/readers/layouts.py"
 ARABIC = "\u0647\u0630\u0627 \u0646\u0635 \u202e(abc)\u202c"
 ZERO_WIDTH = "e\u0301\u200b\u200d\ufeff\u2028 \U0001f468\u200d\U0001f469\u200d\U0001f467"
 MILLION = 1_000_000
@@ -149,6 +150,17 @@ def code(box: Box) -> list[str]:
     return box.stats()
 
 
+def missing_shard(box: Box) -> list[str]:
+    box.lines("corpus/data/train-00001-of-00002.jsonl", TRAIN)
+    return box.on(box.lines("corpus/data/dev.jsonl", DEV).parents[1])
+
+
+def saved_outside(box: Box) -> list[str]:
+    box.write("corpus/state.json", json.dumps({"_data_files": [{"filename": "../secret.arrow"}]}))
+    box.write("secret.arrow", "secret")
+    return box.on(box.folder / "corpus", "--data.dev_fraction=0.5")
+
+
 def giant_cell(box: Box) -> list[str]:
     corpus = box.corpus()
     with (corpus / "train.csv").open("w") as out:
@@ -206,6 +218,9 @@ PLACES = [
     Case("a folder as training file", lambda box: box.on(box.corpus(), "--data.train", str(box.folder)), "is a folder, where a file is expected", TABLES),
     Case("a named pipe as training file", pipe, "is a pipe or a device, where a file is expected", TABLES),
     Case("a device as training file", lambda box: box.on(box.corpus(), "--data.train", "/dev/zero"), "is a pipe or a device, where a file is expected", TABLES),
+    Case("a configuration that is not there", rows(TRAIN, "--data.config=en"), "has no configuration 'en' (data.config); it has none; leave data.config out", LAYOUTS),
+    Case("a shard that is missing", missing_shard, "1 of 2 shards train-*-of-00002 are there; number 0 is missing", LAYOUTS),
+    Case("a saved folder that leads out of itself", saved_outside, "leads out of its folder, to ...", LAYOUTS),
     Case("a format that is not known", lambda box: box.on(box.corpus(), "--data.train", str(box.write("x.txt", "a"))), "format ... is not known; accepted: ...", TABLES),
     Case("a packed file (.gz)", lambda box: box.on(box.corpus(), "--data.train", str(box.write("x.jsonl.gz", "a"))), "format ... is not known; unpack it; accepted: ...", TABLES),
     Case("a packed file with the wrong ending", file("train.jsonl", b"\x1f\x8b\x08\0rest"), "byte ... is not UTF-8", TABLES),
@@ -270,6 +285,8 @@ VALUES = [
     Case("a weight below 0", weights([1, -1, 1, 1], "--data.weight=w"), "row 2, column 'w': -1 is not a weight; accepted: a number of at least 0", CELLS),
     Case("a weight that is not a number (NaN)", weights([1, 1, float("nan"), 1], "--data.weight=w"), "row 3, column 'w': nan is not a weight", CELLS),
     Case("weights that are all 0", weights([0, 0, 0, 0], "--data.weight=w"), "every weight in column 'w' (data.weight) is 0", CORPUS),
+    Case("a weight of a class that does not exist", rows(TRAIN, "--optim.class_weights={x: 2, z: 3}"), "optim.class_weights: 'z' is not a label; accepted: x, y", "engine/losses.py"),
+    Case("fewer weights than classes", rows(TRAIN, "--optim.class_weights=[2]"), "optim.class_weights has 1 weights for 2 labels; accepted: one for each of x, y", "engine/losses.py"),
     Case("no column of weights", rows(TRAIN, "--data.weight=w"), "no column 'w'... Columns: before, after, label", RECORDS),
     Case("an empty label", cell("label", "  "), "column 'label': '  ' is no label: nothing of it can be seen", CELLS),
     Case("a label of zero-width characters", cell("label", "\u200b\u200d"), "is no label: nothing of it can be seen", CELLS),

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,8 +59,24 @@ def flush(file: Path) -> None:
         os.close(descriptor)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text of `value`. NaN and infinities, for which JSON has no words, become null; other objects their text."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`, complete or not at all."""
     scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
     os.replace(scratch, path)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from irtune.config.schema import RISKS
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
+from irtune.files import to_json
 from irtune.redaction import redact
 
 TIMEOUT_SECONDS = 1800
@@ -31,7 +31,9 @@ def add_run(options: argparse.ArgumentParser) -> None:
 
 def add_folder(options: argparse.ArgumentParser) -> None:
     """--run, and what a run's folder may not decide by itself."""
-    options.add_argument("--run", required=True, type=a_path, help="folder of a finished run (its run.output_dir)")
+    options.add_argument(
+        "--run", required=True, type=a_path, help="folder of a finished run (its run.output_dir), or an export"
+    )
     for risk in RISKS:
         options.add_argument(f"--{risk}", action="store_true", help=f"the run's model.{risk} is meant")
 
@@ -82,7 +84,7 @@ def show(text: str) -> None:
 
 def show_json(value: Any) -> None:
     """`value` as indented JSON on standard output."""
-    show(json.dumps(value, indent=2, ensure_ascii=False))
+    show(to_json(value, indent=2))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

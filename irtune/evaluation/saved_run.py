@@ -1,4 +1,4 @@
-"""A finished run, ready to predict: base model, adapter, tokenizer and labels from its folder.
+"""A finished run, ready to predict: base model, adapter, tokenizer and labels from its folder, or from an export.
 
 A folder may come from somebody else. Nothing in it is executed, and none of its files may be a link out of it.
 """
@@ -34,7 +34,8 @@ def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
     """
     if not (folder / "config.yaml").is_file():
         raise RunError(
-            f"{folder} is no run folder: it has no config.yaml; accepted: what run.output_dir was in training"
+            f"{folder} is no run folder: it has no config.yaml; accepted: what run.output_dir was in training, or a "
+            "folder that irtune has exported"
         )
     config = load_config(["--config", str(folder / "config.yaml")])
     if not (folder / "results.json").is_file():
@@ -116,15 +117,15 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
         ModelError, CheckpointError: when the base model or the adapter cannot be loaded.
     """
     config, results = read_run(folder)
-    for risk in RISKS:
-        if getattr(config.model, risk, False) and risk not in trusted:
-            raise RunError(
-                f"{folder / 'config.yaml'} sets model.{risk}, by which code that comes with a model runs here; add "
-                f"--{risk} to the command if you trust this folder and {config.model.name_or_path}"
-            )
+    check_trusted(folder, config, trusted)
     labels = list(results["dev"]["per_class"])
-    peft = is_peft_adapter(folder / "adapter")
-    _check_sums(folder / "adapter", results.get("adapter_sha256"))
+    merged, adapter = is_merged(folder), adapter_folder(folder)
+    if merged:
+        _check_merged(folder, labels)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name_or_path=str(folder)))
+    else:
+        peft = is_peft_adapter(adapter, folder)
+        _check_sums(adapter, results.get("adapter_sha256"))
     rounded = config.model.quantization != "none"
     as_trained = dtype is None or rounded
     model_config = config.model if as_trained else dataclasses.replace(config.model, dtype=dtype)  # type: ignore[arg-type]
@@ -132,29 +133,63 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     if dtype is not None and rounded:  # the weights that the adapter was trained on, in the wanted format
         dequantize(classifier.model, DTYPES[dtype])
     encoder = Encoder(classifier.tokenizer, config.data, labels)
+    model: nn.Module = classifier.model
     try:
-        if peft:
-            model: nn.Module = PeftModel.from_pretrained(classifier.model, str(folder / "adapter"))  # type: ignore[arg-type]
-        else:
-            model = load_adapter(classifier, folder / "adapter")
+        if not merged and peft:
+            model = PeftModel.from_pretrained(classifier.model, str(adapter))  # type: ignore[arg-type]
+        elif not merged:
+            model = load_adapter(classifier, adapter)
     except IrtuneError:
         raise
     except Exception as error:  # peft and safetensors raise many kinds for files that are damaged or do not fit
         reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{folder / 'adapter'} does not fit {config.model.name_or_path}: {reason}") from error
+        raise RunError(f"{adapter} does not fit {config.model.name_or_path}: {reason}") from error
     return LoadedRun(folder, config, results, labels, classifier, model.eval().to(device), encoder, device)
 
 
-def is_peft_adapter(folder: Path) -> bool:
-    """Whether `folder` holds an adapter in peft's format, and not in irtune's own.
+def check_trusted(folder: Path, config: Config, trusted: Collection[str]) -> None:
+    """Raise a RunError where the configuration in `folder` needs one of `RISKS` that is not in `trusted`."""
+    for risk in RISKS:
+        if getattr(config.model, risk, False) and risk not in trusted:
+            raise RunError(
+                f"{folder / 'config.yaml'} sets model.{risk}, by which code that comes with a model runs here; add "
+                f"--{risk} to the command if you trust this folder and {config.model.name_or_path}"
+            )
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where the adapter of a run is, or of an exported one, which has it beside its config.yaml."""
+    return folder if (folder / ADAPTER_FILES[0]).is_file() else folder / "adapter"
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether `folder` is an export whose adapter is part of the weights."""
+    return (folder / "config.json").is_file() and not adapter_folder(folder).exists()
+
+
+def _check_merged(folder: Path, labels: Sequence[str]) -> None:
+    """Raise a RunError for links out of a merged export, and for a model with other labels than its results."""
+    for file in folder.iterdir():
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{file} is a link that leads out of the export, to {file.resolve()}")
+    names = read_object(folder / "config.json").get("id2label")
+    if names != {str(number): label for number, label in enumerate(labels)}:
+        raise RunError(
+            f"{folder / 'config.json'} has the labels {brief(names)}, and results.json {brief(list(labels))}; they do "
+            "not belong together"
+        )
+
+
+def is_peft_adapter(folder: Path, run: Path) -> bool:
+    """Whether `folder` holds an adapter of `run` in peft's format, and not in irtune's own.
 
     Raises:
         RunError: when it holds none, or one that irtune has not written so.
     """
     for file in (folder, *(folder / name for name in ADAPTER_FILES)):
         if not file.exists():
-            raise RunError(f"{folder.parent} holds no adapter: there is no {file.relative_to(folder.parent)}")
-        if not file.resolve().is_relative_to(folder.parent.resolve()):
+            raise RunError(f"{run} holds no adapter: there is no {file.relative_to(run)}")
+        if not file.resolve().is_relative_to(run.resolve()):
             raise RunError(f"{file} is a link that leads out of the run's folder, to {file.resolve()}")
     record = read_object(folder / "adapter_config.json")
     if "peft_type" not in record:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from irtune.files import to_json
+
 
 def keep_until(file: Path, step: int) -> None:
     """Leave out the records of `file` after `step`; a last line cut short by a kill goes too.
@@ -43,11 +45,11 @@ def write_predictions(
                 "predicted": predicted,
                 "probabilities": dict(zip(names, (round(value, 6) for value in row))),
             }
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.write(to_json(record) + "\n")
     os.replace(scratch, path)
 
 
 def append_record(file: Path, record: dict[str, Any]) -> None:
     """Add one JSON line to `file`."""
     with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        out.write(to_json(record) + "\n")

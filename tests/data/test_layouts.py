@@ -49,6 +49,23 @@ def test_shards_of_the_hub(tmp_path, inner):
     assert sizes(tmp_path) == {"train": 31, "dev": 7, "test": 5}
 
 
+def test_a_snapshot_in_the_cache_of_the_hub_client(tmp_path):
+    """Its files are links into a folder beside it; links to any other place are refused as ever."""
+    kept = tmp_path / "datasets--someone--corpus"
+    shards(kept / "blobs", "train", 9, 1)
+    shards(kept / "blobs", "validation", 3, 1)
+    data = kept / "snapshots/abc123/data"
+    data.mkdir(parents=True)
+    for number, file in enumerate(sorted((kept / "blobs").iterdir())):
+        blob = file.rename(kept / f"blobs/{number:040x}")
+        (data / file.name).symlink_to(f"../../../blobs/{blob.name}")
+    assert sizes(kept / "snapshots/abc123") == {"train": 9, "dev": 3}
+    lines(tmp_path / "secret.jsonl", 3)
+    (data / "test-00000-of-00001.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(DataError, match="leads out of its folder"):
+        read_corpus(DataConfig(path=str(kept / "snapshots/abc123")))
+
+
 def test_a_folder_for_each_split(tmp_path):
     lines(tmp_path / "train/0000.jsonl", 9)
     lines(tmp_path / "val/part.jsonl", 4)

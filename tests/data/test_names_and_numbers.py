@@ -9,7 +9,7 @@ import pandas
 import pytest
 
 from irtune.config import DataConfig
-from irtune.data import read_corpus, read_split
+from irtune.data import read_corpus, read_split, read_table
 from irtune.data.readers.cells import by_number, canonical
 from irtune.errors import DataError
 
@@ -170,6 +170,19 @@ def test_a_list_as_label_is_named_with_its_place(tmp_path, suffix, label):
     texts = write(tmp_path / f"texts{suffix}", rows("xy", before=[["a"], ["b"]]))
     with pytest.raises(DataError, match=r"row 1, column 'before': expected text, not the list \['a'\]"):
         read_corpus(DataConfig(train=str(texts), dev=str(texts)))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".xlsx"])
+def test_columns_without_a_name_are_all_kept(tmp_path, suffix):
+    path, lines = tmp_path / f"new{suffix}", (["", "before", "", "after"], ["0", "a", "mine", "b"])
+    if suffix == ".csv":
+        path.write_text("".join(",".join(line) + "\n" for line in lines))
+    else:
+        book = openpyxl.Workbook()
+        for line in lines:
+            book.active.append([cell or None for cell in line])
+        book.save(path)
+    assert read_table(path) == [(2, {"": "0", "before": "a", "column 3": "mine", "after": "b"})]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

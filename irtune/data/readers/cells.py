@@ -180,6 +180,14 @@ def check_names(names: Sequence[str], where: object) -> None:
         raise DataError(f"{where}: the column {brief(twice[0])} stands there {count} times; rename all but one")
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of columns; of several without one, all but the first are called by their place, so that none is lost."""
+    result: list[str] = []
+    for place, name in enumerate(names, 1):
+        result.append(f"column {place}" if name == "" and "" in result and f"column {place}" not in names else name)
+    return result
+
+
 def listed(names: Iterable[Any], limit: int = 20) -> str:
     """Names of columns or labels for a message: the first of them, none longer than a word or two, all printable."""
     every = list(names)

@@ -239,10 +239,17 @@ def _matching(folder: Path, data_files: Any, config: str) -> Files:
 
 
 def _inside(folder: Path, files: Files) -> Files:
-    """`files`, none of them a link or path out of the folder: whoever made it would choose what is read."""
+    """`files`, none of them a link or path out of the folder: whoever made it would choose what is read.
+
+    Links in the hub client's cache (datasets--NAME/snapshots/REVISION) lead to its blobs.
+    """
+    home = folder.resolve()
+    cache = next((up.parent for up in (home, *home.parents) if up.name == "snapshots"), None)
+    cached = cache is not None and cache.name.startswith("datasets--")
+    roots = (home, cache / "blobs") if cache is not None and cached else (home,)
     for split, paths in files.items():
         for path in paths:
-            if not path.resolve().is_relative_to(folder.resolve()):
+            if not any(path.resolve().is_relative_to(root) for root in roots):
                 raise DataError(
                     f"{path} is a link that leads out of its folder, to {path.resolve()}; if that file is meant, "
                     f"name it with data.{split}"

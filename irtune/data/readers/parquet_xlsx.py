@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from irtune.data.readers.cells import MAX_CHARACTERS, Columns, Row, check_names
+from irtune.data.readers.cells import MAX_CHARACTERS, Columns, Row, check_names, distinct
 from irtune.errors import DataError, brief
 
 SHEET_ROWS = 1_048_576  # what a spreadsheet can have
@@ -147,6 +147,7 @@ def xlsx_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
         lines = sheet.iter_rows()
         header = [str(unescaped(cell.value)) if cell.value is not None else "" for cell in next(lines, ())]
         check_names(header, path)
+        header = distinct(header)
         wanted = set(columns(header)) if header else set()
         for number, line in enumerate(lines, 2):
             if number > SHEET_ROWS:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from irtune.data.readers.cells import Columns, Row, check_names
+from irtune.data.readers.cells import Columns, Row, check_names, distinct
 from irtune.data.readers.parquet_xlsx import arrow_rows, parquet_rows, xlsx_rows
 from irtune.errors import DataError
 from irtune.redaction import redact
@@ -176,7 +176,8 @@ def _csv(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
                     continue
                 if not header:
                     check_names(cells, path)
-                    header, wanted = cells, set(columns(cells))
+                    header = distinct(cells)
+                    wanted = set(columns(header))
                     continue
                 if len(cells) != len(header):
                     raise DataError(f"{path}, row {number}: has not {len(header)} cells like the header")

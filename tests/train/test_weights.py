@@ -3,12 +3,16 @@
 import json
 
 import pytest
+import torch
 
 from irtune.config import OptimConfig, load_config, write_config
 from irtune.config.warmup import warmup_length
+from irtune.engine.engine import WEIGHTS
+from irtune.engine.losses import build_loss
 from irtune.errors import ConfigError
+from tests.support.ranks import run_ranks
 from tests.support.runs import launch, losses, records, selections
-from tests.support.tiny import tiny_config
+from tests.support.tiny import Rig, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,39 @@ def test_weights_give_the_same_run_on_any_ranks_and_stages(llama, weighted, tmp_
     one = found[1, 0]
     for other in found.values():
         assert other[0] == pytest.approx(one[0], rel=1e-4) and other[1] == one[1]
+
+
+def _gradients(model, sizes):
+    """Of the weighted mean loss over eight examples in micro-batches of `sizes`, and that mean."""
+    loss = build_loss(OptimConfig(class_weights={"b": 3.0}), [3, 3, 2], torch.device("cpu"), ["a", "b", "c"])
+    rig = Rig(model, 0, accumulation=len(sizes), loss=loss)
+    rig.engine.reselect([0, 3])
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(4, 60, (8, 9), generator=generator), torch.randint(0, 3, (8,), generator=generator)
+    weights = torch.rand(8, generator=generator)
+    with torch.no_grad():
+        each = torch.nn.functional.cross_entropy(rig.engine.module(input_ids=ids).logits, labels, reduction="none")
+    by_hand = float((each * weights * torch.tensor([1.0, 3.0, 1.0])[labels]).sum() / 8)
+    first, total = 0, 0.0
+    for size in sizes:
+        part = slice(first, first + size)
+        batch = {"input_ids": ids[part], "attention_mask": torch.ones_like(ids[part]), "labels": labels[part]}
+        batch[WEIGHTS] = weights[part]
+        total += float(rig.engine.forward_backward(batch, size * len(sizes) / 8)) / len(sizes)
+        first += size
+        if first < 8:
+            rig.engine.step(0.0)
+    trained = [parameter for layer in (0, 3) for _, parameter in rig.table.layers[layer]]
+    gradients = [parameter.grad.flatten().tolist() for parameter in trained]
+    rig.close()
+    return total, by_hand, gradients
+
+
+def test_weights_are_those_of_the_mean_over_examples_however_they_are_cut(llama):
+    whole, parts = (run_ranks(_gradients, 1, llama, sizes)[0] for sizes in ((8,), (1, 5, 2)))
+    assert whole[0] == pytest.approx(whole[1], rel=1e-5) and parts[0] == pytest.approx(whole[1], rel=1e-5)
+    for one, other in zip(parts[2], whole[2], strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=1e-6)
 
 
 def test_twice_the_weight_is_twice_the_loss_and_metrics_know_none(llama, weighted, tmp_path):

@@ -6,6 +6,7 @@ from decimal import Decimal
 import datasets
 import openpyxl
 import pandas
+import pyarrow
 import pytest
 
 from irtune.config import DataConfig
@@ -132,6 +133,16 @@ def test_classes_of_a_file_have_their_names(tmp_path, suffix):
     corpus = read_corpus(DataConfig(train=str(path), dev=str(path)))
     assert corpus.labels == ["clarity", "fluency", "style"]
     assert [corpus.labels[e.label] for e in corpus.splits["dev"]] == ["style", "clarity", "fluency", "clarity"]
+
+
+def test_categories_of_a_stream_are_texts(tmp_path):
+    """A dictionary batch, which is a message of its own."""
+    table = pyarrow.Table.from_pylist(rows("xyx"))
+    table = table.set_column(2, "label", table["label"].dictionary_encode())
+    with pyarrow.ipc.new_stream(tmp_path / "train.arrow", table.schema) as out:
+        out.write_table(table)
+    path = str(tmp_path / "train.arrow")
+    assert [example.label for example in read_corpus(DataConfig(train=path, dev=path)).splits["dev"]] == [0, 1, 0]
 
 
 def test_a_hidden_class_is_not_the_last_one(tmp_path):

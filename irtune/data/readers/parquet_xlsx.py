@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
@@ -52,13 +53,11 @@ def arrow_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as content:
-        try:
-            reader = pyarrow.ipc.open_stream(content)
-            batches = iter(reader)
-        except pyarrow.ArrowInvalid:
-            content.seek(0)
-            reader = pyarrow.ipc.open_file(content)
-            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        for message in pyarrow.ipc.MessageReader.open_stream(content):
+            if message.type in HEADERS and _is_compressed(message.metadata.to_pybytes(), HEADERS[message.type]):
+                raise DataError(f"{path} is compressed inside, which `datasets` never does; save it as .parquet")
+        content.seek(0)
+        reader = batches = pyarrow.ipc.open_stream(content)
         names = reader.schema.names
         check_names(names, path)
         wanted = set(columns(names))
@@ -67,6 +66,29 @@ def arrow_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
             batch.slice(start, BATCH).select(kept) for batch in batches for start in range(0, batch.num_rows, BATCH)
         )
         yield from _batch_rows(path, pieces, class_names(reader.schema, path))
+
+
+# Fields that lead from a message of an .arrow stream to BodyCompression (Message.fbs and Schema.fbs of Apache Arrow).
+HEADERS = {"record batch": (2, 3), "dictionary": (2, 1, 3)}
+
+
+def _is_compressed(message: bytes, fields: tuple[int, ...]) -> bool:
+    """Whether a message's columns are packed: what they unpack to would be known only when they are.
+
+    A FlatBuffers table begins with the distance to its vtable, which has the place of each field (0: not there).
+    """
+    (table,) = struct.unpack_from("<I", message, 0)
+    for field in fields:
+        vtable = table - struct.unpack_from("<i", message, table)[0]
+        entry = 4 + 2 * field
+        if entry >= struct.unpack_from("<H", message, vtable)[0]:
+            return False
+        place = struct.unpack_from("<H", message, vtable + entry)[0]
+        if place == 0:
+            return False
+        table += place
+        table += struct.unpack_from("<I", message, table)[0]
+    return True
 
 
 def _batch_rows(path: Path, batches: Iterable[Any], classes: dict[str, list[str]]) -> Iterator[tuple[int, Row]]:

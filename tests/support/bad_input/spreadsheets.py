@@ -144,6 +144,20 @@ def page_bomb(box: Box) -> list[str]:
     return box.on(beside_dev(box, "train.parquet", parquet(whole, compression="zstd", use_dictionary=False)))
 
 
+def arrow(table: pyarrow.Table, compression: str | None = None) -> bytes:
+    out = io.BytesIO()
+    with pyarrow.ipc.new_stream(out, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression=compression)) as to:
+        to.write_table(table)
+    return out.getvalue()
+
+
+def arrow_bomb(box: Box) -> list[str]:
+    """A text of 100 MB in a file of some kilobytes."""
+    content = arrow(columns(before=["a" * 10**8, "c", "e", "g"]), "zstd")
+    assert len(content) < 10**5
+    return box.on(beside_dev(box, "train.arrow", content))
+
+
 def pickled_type(box: Box) -> list[str]:
     """A column whose type old versions of pyarrow unpickled."""
     import os
@@ -204,6 +218,9 @@ CASES = [
     Case("a row with the number 999,999,999", far_row, "more than ... rows, which no sheet has", BINARY, most_mib=50),
     Case("a .parquet file that is cut", raw("train.parquet", good_cut(parquet(columns()))), "cannot be read as parquet: ...", TABLES),
     Case("a .parquet file of four bytes", raw("train.parquet", b"PAR1"), "cannot be read as parquet: ...", TABLES),
+    Case("an .arrow file that is cut", raw("train.arrow", good_cut(arrow(columns()))), "cannot be read as arrow: ...", TABLES),
+    Case("an .arrow file of another kind", raw("train.arrow", b"ARROW1\0\0 nonsense"), "cannot be read as arrow: ...", TABLES),
+    Case("a text of 100 MB that packs to kilobytes (.arrow)", arrow_bomb, "is compressed inside, which `datasets` never does", BINARY, most_mib=50),
     Case("a hundred thousand times the same text of 5 MB", dictionary_bomb, "a text of ... bytes; accepted: at most ...", BINARY, most_mib=50),
     Case("a text of 100 MB that packs to kilobytes", page_bomb, "would unpack to ... MiB; accepted for a file of ... MiB: at most ...", BINARY, most_mib=50),
     Case("bytes where a text belongs", table(before=[b"a", b"c", b"e", b"g"]), "column 'before': expected text, not the bytes ...", CELLS),

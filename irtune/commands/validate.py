@@ -13,7 +13,7 @@ from irtune.data import Corpus, Encoder, plan_batches, read_corpus
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError, IrtuneError
-from irtune.memory import describe, plan_run, shortage
+from irtune.memory import describe, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models.classifier import load_tokenizer
 
@@ -74,7 +74,9 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
         raise ConfigError(problems)
     steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
     device = read_world().device
-    memory = plan_run(config, settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels)
+    memory = estimate_memory(
+        config, settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels
+    )
     short = memory and shortage(memory)
     full = [len(item["input_ids"]) >= config.data.max_length for item in encoded["train"]]
     return {

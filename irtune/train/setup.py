@@ -21,7 +21,7 @@ from irtune.distributed.partitioned import whole
 from irtune.distributed.runtime import World
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError
-from irtune.memory import RunPlan, plan_run, shortage
+from irtune.memory import MemoryEstimate, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models import Classifier, load_classifier
 from irtune.models.anatomy import output_projections
@@ -53,7 +53,7 @@ class Plans:
     scores: LayerScores
     chooser: Chooser
     checkpoints: Checkpoints
-    memory: RunPlan | None
+    memory: MemoryEstimate | None
     identity: dict[str, Any]
     resumed: Path | None
     state: dict[str, Any] | None
@@ -154,11 +154,11 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     )
 
 
-def _plan_memory(config: Config, settings: dict[str, Any], world: World, corpus: Corpus) -> RunPlan | None:
+def _plan_memory(config: Config, settings: dict[str, Any], world: World, corpus: Corpus) -> MemoryEstimate | None:
     """What the run will need, counted by rank 0 before weights are loaded; warns where that does not fit."""
     if not world.is_main:
         return None
-    plan = plan_run(
+    plan = estimate_memory(
         config, settings, world.size, device_memory_bytes(world.device), device=world.device.type, labels=corpus.labels
     )
     warning = plan and shortage(plan)

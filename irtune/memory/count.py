@@ -19,7 +19,7 @@ from irtune.memory.meta_attention import stand_in, traceable
 from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
-from irtune.models.kernels import shorten_on_cpus
+from irtune.models.kernels import install_cpu_kernels
 from irtune.models.skeleton import empty_classifier
 from irtune.selection.registry import PAPER_BUDGETS, build_chooser, layer_budget, takes_budget
 from irtune.selection.split import REFERENCE_WINDOW
@@ -92,7 +92,7 @@ def count(
     attention = stand_in(wanted, DTYPES[config.model.dtype], device)
     model, anatomy = empty_classifier(config.model, names, attention)
     if device == "cpu":
-        shorten_on_cpus(model, compiled=config.model.compile)
+        install_cpu_kernels(model, compiled=config.model.compile)
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
     tokenizer, unknown = planned_tokenizer(config, names)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.turns import Batches, ChosenPlan, Clock, Turn, counted, watch_batches
+from benchmarks.speed.turns import Batches, ChosenSteps, Clock, Turn, counted, watch_batches
 from irtune.config import Config
 from irtune.data import collate
 from irtune.distributed import runtime
@@ -23,7 +23,7 @@ def plans_for(config: Config, world: World, evaluated: int) -> Plans:
     settings = engine_settings(config, world)
     runtime.seed_everything(config.run.seed, deterministic=False)
     plans = prepare(config, settings, world, Path(config.run.output_dir))
-    plans.plan = ChosenPlan(plans.plan)  # type: ignore[assignment]
+    plans.plan = ChosenSteps(plans.plan)  # type: ignore[assignment]
     count = len(plans.encoded["dev"])
     kept = sorted(random.Random(0).sample(range(count), min(evaluated, count)))
     plans.corpus.splits["dev"] = [plans.corpus.splits["dev"][i] for i in kept]

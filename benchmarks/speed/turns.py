@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory.cases import Meter as TensorMeter
-from irtune.data import BatchPlan
+from irtune.data import BatchSampler
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
 
@@ -140,10 +140,10 @@ def chosen_steps(epoch: list[Batches], lengths: Sequence[int], warm_up: int, ste
     return [epoch[i] for i in [*warming, *spread(sizes, steps, offset, turn)]]
 
 
-class ChosenPlan:
+class ChosenSteps:
     """Stands for irtune's plan of batches, and takes the turns' steps out of its first epoch."""
 
-    def __init__(self, plan: BatchPlan):
+    def __init__(self, plan: BatchSampler):
         self.plan, self.taken = plan, []
         self.epoch = [plan.step(step) for step in range(plan.steps_per_epoch)]
 

@@ -9,7 +9,7 @@ from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch_size import for_ranks
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.data import Corpus, Encoder, plan_batches, read_corpus
+from irtune.data import Corpus, Encoder, build_sampler, read_corpus
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError, IrtuneError
@@ -69,7 +69,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     if encoded:
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
         micro_batches = ranks * config.optim.gradient_accumulation_steps
-        plan = _tried(lambda: plan_batches(lengths, config, micro_batches), problems)
+        plan = _tried(lambda: build_sampler(lengths, config, micro_batches), problems)
     if problems or not (corpus and tokenizer and encoded and plan):
         raise ConfigError(problems)
     steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))

@@ -53,7 +53,7 @@ class Patience:
         )
 
 
-class _Line:
+class StoreClient:
     """A connection to the store whose every request is given up after `seconds`, with a RuntimeError.
 
     torch's own time-outs do not hold for all requests: over a cable that was cut, they wait until the kernel gives the
@@ -66,7 +66,7 @@ class _Line:
         self._waiting: set[queue.SimpleQueue] = set()
         self._closed = False
         self._requests: queue.SimpleQueue[tuple[str, tuple, queue.SimpleQueue]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="irtune-line", daemon=True).start()
+        threading.Thread(target=self._serve, name="irtune-store", daemon=True).start()
 
     def _serve(self) -> None:
         while True:
@@ -152,8 +152,8 @@ class Watch:
             return
         self._store = dist.PrefixStore("irtune/watch", store)
         # A connection of its own: the other one may be waiting in a collective's set-up.
-        line = dist.PrefixStore("irtune/watch", store.clone())  # type: ignore[attr-defined]
-        self._pulse = _Line(line, self.patience.answer)
+        own = dist.PrefixStore("irtune/watch", store.clone())  # type: ignore[attr-defined]
+        self._pulse = StoreClient(own, self.patience.answer)
         self._thread = threading.Thread(target=self._keep_watch, name="irtune-watch", daemon=True)
         self._thread.start()
 

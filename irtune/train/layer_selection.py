@@ -19,7 +19,7 @@ from irtune.train.progress import Progress
 Batch = dict[str, torch.Tensor]
 
 
-class LayerChoice:
+class LayerSelection:
     """The selections of a run."""
 
     def __init__(

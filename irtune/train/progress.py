@@ -44,7 +44,7 @@ class Progress:
 
 
 @dataclass
-class Done:
+class CompletedStep:
     """An optimizer step that was made, as far as the host knows without waiting for the device.
 
     step: its number, from 1. layers: those that it updated if it was applied. applied: 0-d bool on the device, the same
@@ -62,7 +62,7 @@ class Window:
 
     def __init__(self, progress: Progress):
         self.progress = progress
-        self._done: list[Done] = []
+        self._done: list[CompletedStep] = []
         self._losses: list[torch.Tensor] = []
         self.forget_batches()
 
@@ -76,11 +76,11 @@ class Window:
         self.examples += len(lengths)
         self.positions += max(lengths) * len(lengths)
 
-    def add(self, done: Done) -> None:
+    def add(self, done: CompletedStep) -> None:
         """A step was made."""
         self._done.append(done)
 
-    def settle(self) -> Iterator[int]:
+    def count_applied_steps(self) -> Iterator[int]:
         """Find out which steps were applied, with one host read, and count them; yields the numbers of the skipped.
 
         To be used up: what is not asked for is not counted.

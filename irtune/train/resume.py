@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from irtune.config import Config
-from irtune.data import BatchPlan, Corpus
+from irtune.data import BatchSampler, Corpus
 from irtune.distributed import runtime
 from irtune.errors import CheckpointError, ConfigError
 from irtune.train.checkpoint import Checkpoints, find_damage, versions
@@ -25,7 +25,7 @@ HARMLESS = (
 )
 
 
-def run_identity(config: Config, corpus: Corpus, plan: BatchPlan, max_steps: int) -> dict[str, Any]:
+def run_identity(config: Config, corpus: Corpus, plan: BatchSampler, max_steps: int) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
     optim = {key: value for key, value in vars(config.optim).items() if key not in DERIVED}
     places = ("path", "train", "dev", "test")

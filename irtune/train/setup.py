@@ -14,7 +14,7 @@ from irtune.adapters.ltuning import longest_label
 from irtune.config import Config, write_config
 from irtune.config.batch_size import for_ranks
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.data import BatchPlan, Corpus, Encoder, TokenCache, corpus_digest, plan_batches, read_corpus
+from irtune.data import BatchSampler, Corpus, Encoder, TokenCache, build_sampler, corpus_digest, read_corpus
 from irtune.distributed import environment, runtime
 from irtune.distributed import node_checks as nodes
 from irtune.distributed.partitioned import whole
@@ -45,7 +45,7 @@ class Plans:
     settings: dict[str, Any]
     corpus: Corpus
     encoded: dict[str, list[dict[str, list[int]]]]
-    plan: BatchPlan
+    plan: BatchSampler
     max_steps: int
     model: nn.Module
     table: LayerTable
@@ -107,7 +107,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     with runtime.shared_errors():
         encoded = encoded or cache.load_or_encode(corpus)
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
-        plan = plan_batches(lengths, config, micro_batches)
+        plan = build_sampler(lengths, config, micro_batches)
         max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
         score = config.tuning.score
         projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from irtune.config import Config
-from irtune.data import BatchPlan, Corpus, collate
+from irtune.data import BatchSampler, Corpus, collate
 from irtune.distributed import runtime
 from irtune.engine import Engine
 from irtune.errors import StoppedError, TrainingError
@@ -21,10 +21,10 @@ from irtune.selection.scores import LayerScores
 from irtune.tracking.records import write_predictions
 from irtune.tracking.tracker import Tracker
 from irtune.train.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, versions
-from irtune.train.layer_selection import LayerChoice
+from irtune.train.layer_selection import LayerSelection
 from irtune.train.learning_rate import learning_rate
 from irtune.train.nonfinite import find_origin
-from irtune.train.progress import Done, Progress, Window
+from irtune.train.progress import CompletedStep, Progress, Window
 
 EVALUATION_BATCH = 2  # in micro-batches: no gradients, so more examples fit
 
@@ -39,7 +39,7 @@ class Trainer:
         engine: Engine,
         chooser: Chooser,
         scores: LayerScores,
-        plan: BatchPlan,
+        plan: BatchSampler,
         corpus: Corpus,
         encoded: dict[str, list[dict[str, list[int]]]],
         pad_token_id: int,
@@ -60,7 +60,7 @@ class Trainer:
         tokens = config.optim.micro_batch_tokens
         self.evaluation_batch = EVALUATION_BATCH * config.optim.micro_batch_size
         self.evaluation_tokens = None if tokens is None else EVALUATION_BATCH * tokens
-        self.layers = LayerChoice(
+        self.layers = LayerSelection(
             config.tuning,
             engine=engine,
             chooser=chooser,
@@ -102,7 +102,7 @@ class Trainer:
             batches = self._train_step()
             step = self.progress.step
             if self.layers.is_due(step):
-                self._settle()
+                self._count_applied_steps()
                 runtime.doing(f"selection after step {step}")
                 self.layers.select(batches)
             if step % self.config.run.log_every == 0 or step == self.max_steps:
@@ -166,7 +166,7 @@ class Trainer:
             self.engine.step(rate)
         self.progress.step = step + 1
         mean = total / self.engine.accumulation_steps
-        self.window.add(Done(self.progress.step, self.engine.selected, self.engine.applied, mean))
+        self.window.add(CompletedStep(self.progress.step, self.engine.selected, self.engine.applied, mean))
         self.tracker.advance(self.progress.step)
         return batches
 
@@ -181,7 +181,7 @@ class Trainer:
             schedule=optim.schedule,
         )
 
-    def _settle(self) -> None:
+    def _count_applied_steps(self) -> None:
         """Count the steps since the last call. Before anything that is written, chosen or told about them.
 
         Not after each step: the host would wait for the device, which meanwhile could have begun the next.
@@ -189,7 +189,7 @@ class Trainer:
         Raises:
             TrainingError: after too many skipped steps in a row.
         """
-        for step in self.window.settle():
+        for step in self.window.count_applied_steps():
             in_a_row = self.progress.skipped_in_a_row
             self.tracker.say(
                 f"step {step} is skipped: its loss or gradients are not finite "
@@ -243,7 +243,7 @@ class Trainer:
     def _log(self) -> None:
         """Reduce and record the losses since the last line. Collective."""
         runtime.doing(f"log line of step {self.progress.step}")
-        self._settle()
+        self._count_applied_steps()
         self.window.drain()
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
@@ -292,7 +292,7 @@ class Trainer:
         return predictions
 
     def _evaluate_and_save(self) -> None:
-        self._settle()
+        self._count_applied_steps()
         tokens, step = self.evaluation_tokens, self.progress.step
         size = f"{self.evaluation_batch} examples" if tokens is None else f"{tokens} tokens"
         runtime.doing(f"evaluation after step {step}, in batches of {size}")
@@ -318,7 +318,7 @@ class Trainer:
     def _save(self, *, best: bool) -> None:
         """Write a checkpoint. Collective."""
         runtime.doing(f"checkpoint of step {self.progress.step}")
-        self._settle()
+        self._count_applied_steps()
         self.window.drain()  # the losses since the last log line are kept
         trainable = self.engine.trainable(self._saved_layers())
         tensors, steps = self.engine.full_state()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irtune.distributed.heartbeat import Patience, Watch, _Line
+from irtune.distributed.heartbeat import Patience, StoreClient, Watch
 
 pytestmark = pytest.mark.quick
 
@@ -51,11 +51,11 @@ def refused(line):
 
 
 def test_a_request_without_an_answer_is_given_up():
-    assert 0.2 <= refused(_Line(DeadStore(), 0.2)) < 1
+    assert 0.2 <= refused(StoreClient(DeadStore(), 0.2)) < 1
 
 
 def test_a_closed_line_lets_nobody_wait():
-    line = _Line(DeadStore(), 60)
+    line = StoreClient(DeadStore(), 60)
     threading.Timer(0.2, line.close).start()
     assert refused(line) < 5
     assert refused(line) < 1

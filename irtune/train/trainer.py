@@ -84,7 +84,7 @@ class Trainer:
             StoppedError: after a signal, when the step is done and saved.
             TrainingError: when losses, gradients or scores are not finite for too long.
         """
-        with runtime.watch().heeding_signals():
+        with runtime.watch().signals.handled():
             self._run()
 
     def _run(self) -> None:
@@ -118,7 +118,7 @@ class Trainer:
     def _heed_signals(self) -> None:
         """End here, saved, when a rank was told to; nothing to do when training is over anyway."""
         step = self.progress.step
-        number = runtime.watch().stops_after(step, self._await_step_before())
+        number = runtime.watch().signals.stops_after(step, self._await_step_before())
         if number is None or self._is_over():
             return
         if self._saved_step != step:

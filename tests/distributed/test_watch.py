@@ -90,11 +90,11 @@ def test_all_ranks_end_after_the_same_step_though_hosts_run_ahead(behind, lead):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     told, ahead = watch(store, 0), watch(store, 1)
     try:
-        told.signal = signal.SIGTERM
+        told.signals.received = signal.SIGTERM
         ended = {}
         for step in range(4, 9):
             for name, rank, at in (("ahead", ahead, step + lead), ("told", told, step)):
-                if name not in ended and rank.stops_after(at, behind):
+                if name not in ended and rank.signals.stops_after(at, behind):
                     ended[name] = at
         assert ended == {"ahead": 5 + behind, "told": 5 + behind}
     finally:

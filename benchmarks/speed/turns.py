@@ -141,18 +141,18 @@ def chosen_steps(epoch: list[Batches], lengths: Sequence[int], warm_up: int, ste
 
 
 class ChosenSteps:
-    """Stands for irtune's plan of batches, and takes the turns' steps out of its first epoch."""
+    """Stands for irtune's sampler of batches, and takes the turns' steps out of its first epoch."""
 
-    def __init__(self, plan: BatchSampler):
-        self.plan, self.taken = plan, []
-        self.epoch = [plan.step(step) for step in range(plan.steps_per_epoch)]
+    def __init__(self, sampler: BatchSampler):
+        self.sampler, self.taken = sampler, []
+        self.epoch = [sampler.step(step) for step in range(sampler.steps_per_epoch)]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.plan, name)
+        return getattr(self.sampler, name)
 
     def add_turn(self, warm_up: int, steps: int, turn: int) -> list[Batches]:
-        """Plan another turn; returns its steps."""
-        new = chosen_steps(self.epoch, self.plan.lengths, warm_up, steps, turn)
+        """Choose the steps of another turn; returns its steps."""
+        new = chosen_steps(self.epoch, self.sampler.lengths, warm_up, steps, turn)
         self.taken += new
         return new
 

@@ -1,6 +1,6 @@
 """Corpora, prompts and batches."""
 
-from irtune.data.batches import BatchSampler, build_sampler, collate, evaluation_batches
+from irtune.data.batches import BatchSampler, build_sampler, collate, evaluation_batches, total_steps
 from irtune.data.corpus import Corpus, Example, corpus_digest, read_corpus, read_split
 from irtune.data.prompts import Encoder
 from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
@@ -22,4 +22,5 @@ __all__ = [
     "read_corpus",
     "read_split",
     "read_table",
+    "total_steps",
 ]

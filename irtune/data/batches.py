@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from irtune.config.schema import Config
+from irtune.config.schema import Config, OptimConfig
 from irtune.errors import ConfigError
 
 
@@ -141,21 +141,26 @@ class BatchSampler:
         return batches
 
 
-def build_sampler(lengths: Sequence[int], config: Config, micro_batches: int) -> BatchSampler:
-    """The sampler of a run with `micro_batches` micro-batches per step, over training examples of `lengths` tokens.
+def build_sampler(encoded: Sequence[dict[str, list[int]]], config: Config, micro_batches: int) -> BatchSampler:
+    """The sampler of a run with `micro_batches` micro-batches per step, over the `encoded` training examples.
 
     Raises:
         ConfigError: as `BatchSampler`.
     """
     optim = config.optim
     return BatchSampler(
-        lengths,
+        [len(item["input_ids"]) for item in encoded],
         optim.micro_batch_size,
         micro_batches,
         config.run.seed,
         config.data.length_bucket,
         optim.micro_batch_tokens,
     )
+
+
+def total_steps(optim: OptimConfig, sampler: BatchSampler) -> int:
+    """Optimizer steps of a run: `optim.max_steps`, or as many as make `optim.epochs`."""
+    return optim.max_steps or max(1, round(optim.epochs * sampler.steps_per_epoch))
 
 
 def evaluation_batches(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.memory.__main__ import table
-from irtune.adapters.build import add_adapters
+from irtune.adapters import adapter_traits, add_adapters
 from irtune.cli import main
 from irtune.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, TuningConfig
 from irtune.config.presets import MODELS
@@ -87,9 +87,9 @@ def test_parameters_and_steps_are_planned_as_they_really_are(request, architectu
     # peft keeps the untrained head beside the trained one; the plan builds it in the same way.
     assert parts.constant == sum(parameter.numel() for parameter in constant)
     table.set_trainable(selected)
-    table.idle.has_trained(range(table.num_layers))  # planned is the end of a run, when no update is left out
-    recompute = Recompute(table.modules, reentrant=False, always=checkpointing)
-    recompute.set_trained(selected, table.lowest(selected))
+    traits = adapter_traits(config.adapter)
+    recompute = Recompute(table.modules, reentrant=False, always=checkpointing, traits=traits)
+    recompute.set_trained(selected)
     assert (parts.kept, parts.peak, parts.evaluation) == pytest.approx(real_step(network, table), rel=off, abs=0)
 
 

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from irtune.commands.common import parser, ranks, show, show_json, table
 from irtune.distributed import environment, node_facts, runtime
 from irtune.distributed.network import interfaces
-from irtune.distributed.node_facts import Facts
+from irtune.distributed.node_facts import NodeFacts
 from irtune.distributed.runtime import World
 from irtune.distributed.versions import versions
 from irtune.errors import ConfigError
@@ -83,9 +83,9 @@ def _of_ranks(count: int) -> dict[str, Any]:
 
 def examine(world: World) -> dict[str, Any]:
     """Everything in plain JSON types, the same on all ranks. Collective; `problems` has a sentence each."""
-    mine = Facts(node=node_facts.node_name(), versions=versions(), digest="")
+    mine = NodeFacts(node=node_facts.node_name(), versions=versions(), digest="")
     runtime.barrier()
-    facts = runtime.all_gather_object(Facts(**vars(mine) | {"clock": time.time()}))
+    facts = runtime.all_gather_object(NodeFacts(**vars(mine) | {"clock": time.time()}))
     here = {"node": node_facts.node_name(), "notes": _notes(world), "problems": _problems(),
             "interfaces": [vars(one) for one in interfaces()]}  # fmt: skip
     nodes = list({one["node"]: one for one in runtime.all_gather_object(here)}.values())

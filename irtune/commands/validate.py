@@ -9,11 +9,11 @@ from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch_size import for_ranks
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.data import Corpus, Encoder, plan_batches, read_corpus
+from irtune.data import Corpus, Encoder, build_sampler, read_corpus, total_steps
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError, IrtuneError
-from irtune.memory import describe, plan_run, shortage
+from irtune.memory import describe, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models.classifier import load_tokenizer
 
@@ -61,22 +61,23 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     config = for_ranks(config, ranks)
     corpus = _tried(lambda: read_corpus(config.data), problems)
     tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
-    encoder = encoded = plan = None
+    encoder = encoded = sampler = None
     if corpus and tokenizer:
         encoder = _tried(lambda: Encoder(tokenizer, config.data, corpus.labels), problems)
     if corpus and encoder:
         encoded = _tried(lambda: {s: [encoder.encode(e) for e in rows] for s, rows in corpus.splits.items()}, problems)
     if encoded:
-        lengths = [len(item["input_ids"]) for item in encoded["train"]]
         micro_batches = ranks * config.optim.gradient_accumulation_steps
-        plan = _tried(lambda: plan_batches(lengths, config, micro_batches), problems)
-    if problems or not (corpus and tokenizer and encoded and plan):
+        sampler = _tried(lambda: build_sampler(encoded["train"], config, micro_batches), problems)
+    if problems or not (corpus and tokenizer and encoded and sampler):
         raise ConfigError(problems)
-    steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
+    steps, lengths = total_steps(config.optim, sampler), sampler.lengths
     device = read_world().device
-    memory = plan_run(config, settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels)
+    memory = estimate_memory(
+        config, settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels
+    )
     short = memory and shortage(memory)
-    full = [len(item["input_ids"]) >= config.data.max_length for item in encoded["train"]]
+    full = [length >= config.data.max_length for length in lengths]
     return {
         "warnings": _warnings(corpus, sum(full), steps, config) + ([short] if short else []),
         "examples": {split: len(rows) for split, rows in corpus.splits.items()},
@@ -86,9 +87,9 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
             "micro_batch_tokens": config.optim.micro_batch_tokens,
             "gradient_accumulation_steps": config.optim.gradient_accumulation_steps,
             "ranks": ranks,
-            "examples_per_step": plan.examples_per_step,
+            "examples_per_step": sampler.examples_per_step,
             "steps": steps,
-            "steps_per_epoch": plan.steps_per_epoch,
+            "steps_per_epoch": sampler.steps_per_epoch,
         },
         "memory_plan": memory and describe(memory),
         "planned_memory_bytes": memory and memory.estimate.total,

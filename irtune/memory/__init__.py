@@ -7,17 +7,17 @@ attention, step: what `parts` counts with.
 
 from irtune.memory.count import Parts, count, worst_selection
 from irtune.memory.estimate import Estimate, estimate, state_bytes
-from irtune.memory.report import RunPlan, compare, describe, plan_run, shortage
+from irtune.memory.report import MemoryEstimate, compare, describe, estimate_memory, shortage
 
 __all__ = [
     "Estimate",
+    "MemoryEstimate",
     "Parts",
-    "RunPlan",
     "compare",
     "count",
     "describe",
     "estimate",
-    "plan_run",
+    "estimate_memory",
     "shortage",
     "state_bytes",
     "worst_selection",

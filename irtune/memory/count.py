@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from irtune.adapters import LayerTable
-from irtune.adapters.build import add_adapters
+from irtune.adapters import LayerTable, adapter_traits, add_adapters
 from irtune.config import Config
 from irtune.config.batch_size import rows_at_once
 from irtune.engine.recompute import Recompute
@@ -19,7 +18,7 @@ from irtune.memory.meta_attention import stand_in, traceable
 from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
-from irtune.models.kernels import shorten_on_cpus
+from irtune.models.kernels import install_cpu_kernels
 from irtune.models.skeleton import empty_classifier
 from irtune.selection.registry import PAPER_BUDGETS, build_chooser, layer_budget, takes_budget
 from irtune.selection.split import REFERENCE_WINDOW
@@ -92,7 +91,7 @@ def count(
     attention = stand_in(wanted, DTYPES[config.model.dtype], device)
     model, anatomy = empty_classifier(config.model, names, attention)
     if device == "cpu":
-        shorten_on_cpus(model, compiled=config.model.compile)
+        install_cpu_kernels(model, compiled=config.model.compile)
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
     tokenizer, unknown = planned_tokenizer(config, names)
@@ -102,12 +101,13 @@ def count(
         network, table = add_adapters(Classifier(model, tokenizer, anatomy), adapter)
     trained = {id(parameter) for _, parameter in table.all()}
     constant = [parameter for parameter in network.parameters() if id(parameter) not in trained]
-    weights = [] if table.pretrained else [int(module.weight.numel()) for module in linear]
+    own_weights = adapter_traits(adapter).own_weights
+    weights = [] if own_weights else [int(module.weight.numel()) for module in linear]
     some = [number for number, layer in enumerate(table.layers) if layer]
     chosen = worst_selection(config, some, table.num_layers) if selected is None else list(selected)
     return Parts(
         linear=weights,
-        outputs=0 if table.pretrained else sum(_outputs(module) for module in linear),
+        outputs=0 if own_weights else sum(_outputs(module) for module in linear),
         rest=sum(parameter.numel() for parameter in constant) - sum(weights),
         layers=[[parameter.numel() for _, parameter in layer] for layer in table.layers],
         head=[parameter.numel() for _, parameter in table.head],
@@ -160,9 +160,8 @@ def scores_all_layers(config: Config) -> bool:
 
 def _steps(config: Config, network: nn.Module, table: LayerTable, selected: list[int], slope: bool) -> dict:
     """The fields of `Parts` about steps."""
-    recompute = Recompute(
-        table.modules, reentrant=False, always=config.model.gradient_checkpointing, frozen=table.frozen
-    )
+    always = config.model.gradient_checkpointing
+    recompute = Recompute(table.modules, reentrant=False, always=always, traits=adapter_traits(config.adapter))
     rows, length = rows_at_once(config), config.data.max_length
 
     def step(rows: int, scoring: bool = False) -> Step:

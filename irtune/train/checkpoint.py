@@ -31,10 +31,14 @@ log = logging.getLogger("irtune")
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints. Only rank 0 writes."""
+    """The folder of a run's checkpoints. Only rank 0 writes.
+
+    identity: what a run must have in common with a checkpoint to go on from it, see `resume.run_identity`.
+    """
 
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
+        self.identity: dict[str, Any] = {}
 
     def pointer(self, name: str) -> Path | None:
         """The step folder that `latest` or `best` names, or None."""

@@ -19,7 +19,7 @@ def _idle_layers(rig):
 def _run(model, stage, dtype, awake, adapter):
     rig = tiny.Rig(model, stage, dtype, adapter=adapter)
     if awake:
-        rig.table.idle.has_trained(range(rig.table.num_layers))
+        rig.engine.idle.has_trained(range(rig.table.num_layers))
     rig.engine.module.train()
     scores = LayerScores(rig.table, "rms", torch.device("cpu"))
     losses, idle, found = [], [], []

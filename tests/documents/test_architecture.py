@@ -18,6 +18,7 @@ FLOORS = (
     "tracking",
     "data",
     "distributed",
+    "console",
     "models",
     "adapters",
     "evaluation",
@@ -26,7 +27,6 @@ FLOORS = (
     "memory",
     "commands",
     "train",
-    "console",
     "cli",
     "__main__",
 )

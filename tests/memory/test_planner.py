@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from benchmarks.memory.__main__ import table
-from irtune.adapters.build import add_adapters
+from irtune.adapters import adapter_traits, add_adapters
 from irtune.cli import main
 from irtune.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, TuningConfig
 from irtune.config.presets import MODELS
 from irtune.distributed import runtime
 from irtune.engine.recompute import Recompute
-from irtune.memory import compare, count, describe, estimate, plan_run, shortage, state_bytes, worst_selection
+from irtune.memory import compare, count, describe, estimate, estimate_memory, shortage, state_bytes, worst_selection
 from irtune.memory.measure import LiveTensors, host_memory_bytes
 from irtune.models import load_classifier
 from irtune.models.skeleton import SHAPES, empty_classifier
@@ -87,9 +87,9 @@ def test_parameters_and_steps_are_planned_as_they_really_are(request, architectu
     # peft keeps the untrained head beside the trained one; the plan builds it in the same way.
     assert parts.constant == sum(parameter.numel() for parameter in constant)
     table.set_trainable(selected)
-    table.idle.has_trained(range(table.num_layers))  # planned is the end of a run, when no update is left out
-    recompute = Recompute(table.modules, reentrant=False, always=checkpointing)
-    recompute.set_trained(selected, table.lowest(selected))
+    traits = adapter_traits(config.adapter)
+    recompute = Recompute(table.modules, reentrant=False, always=checkpointing, traits=traits)
+    recompute.set_trained(selected)
     assert (parts.kept, parts.peak, parts.evaluation) == pytest.approx(real_step(network, table), rel=off, abs=0)
 
 
@@ -322,7 +322,7 @@ ZERO_2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
 
 @pytest.mark.quick
 def test_a_run_is_planned_in_words(llama):
-    plan = plan_run(config_for(llama), ZERO_2, 2, device="cpu", labels=LABELS)
+    plan = estimate_memory(config_for(llama), ZERO_2, 2, device="cpu", labels=LABELS)
     text = describe(plan)
     assert f"{plan.estimate.total / 2**20:,.1f} MiB" in text.splitlines()[-1]
     assert all(name in text for name in ("ZeRO 2", "process before", "optimizer state", "activations", "parked state"))
@@ -330,7 +330,7 @@ def test_a_run_is_planned_in_words(llama):
     assert shortage(plan) is None  # nobody said how much there is
     total = plan.estimate.total
     assert "(+10%), with freed memory" in compare(plan, round(1.1 * total))
-    on_gpu = plan_run(config_for(llama), ZERO_2, 2, 80 * 2**30)
+    on_gpu = estimate_memory(config_for(llama), ZERO_2, 2, 80 * 2**30)
     assert "process before" not in describe(on_gpu) and shortage(on_gpu) is None
     assert compare(on_gpu, round(0.8 * on_gpu.estimate.total)).endswith("(-20%)")
 
@@ -339,18 +339,18 @@ def test_a_run_is_planned_in_words(llama):
 def test_a_run_that_cannot_fit_is_told_so_with_what_to_change(llama):
     config = config_for(llama)
     config.optim.micro_batch_size = 100_000
-    warning = shortage(plan_run(config, ZERO_2, 1, 8 * 2**30))
+    warning = shortage(estimate_memory(config, ZERO_2, 1, 8 * 2**30))
     largest = int(warning.partition("optim.micro_batch_size ")[2].split()[0])
     assert 1000 < largest < 100_000
     config.optim.micro_batch_size = largest
-    assert shortage(plan_run(config, ZERO_2, 1, 8 * 2**30)) is None
+    assert shortage(estimate_memory(config, ZERO_2, 1, 8 * 2**30)) is None
     config.optim.micro_batch_tokens = 100_000 * config.data.max_length
-    by_tokens = shortage(plan_run(config, ZERO_2, 1, 8 * 2**30))
+    by_tokens = shortage(estimate_memory(config, ZERO_2, 1, 8 * 2**30))
     assert f"optim.micro_batch_tokens {largest * config.data.max_length} with more" in by_tokens
     config.optim.micro_batch_tokens = largest * config.data.max_length
-    assert shortage(plan_run(config, ZERO_2, 1, 8 * 2**30)) is None
+    assert shortage(estimate_memory(config, ZERO_2, 1, 8 * 2**30)) is None
     config.optim.micro_batch_tokens = None
-    hopeless = shortage(plan_run(config, ZERO_2, 1, 2**20))
+    hopeless = shortage(estimate_memory(config, ZERO_2, 1, 2**20))
     assert "optim.micro_batch_size" not in hopeless and "model.quantization nf4" in hopeless
 
 
@@ -363,5 +363,5 @@ def test_a_model_that_cannot_be_planned_is_no_reason_not_to_run(llama, monkeypat
 
     monkeypatch.setattr("irtune.memory.meta_step._batch", needs_values)
     with caplog.at_level(logging.WARNING, "irtune"):
-        assert plan_run(config_for(llama), ZERO_2, 1) is None
+        assert estimate_memory(config_for(llama), ZERO_2, 1) is None
     assert f"no memory plan: {llama} cannot be counted without weights (RuntimeError: " in caplog.text

@@ -18,7 +18,7 @@ def true_gradients(rig, batches):
     for batch in batches:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with rig.table.idle.awake():
+        with rig.engine.idle.awake():
             gradients = torch.autograd.grad(rig.engine.module(**batch).loss, parameters)
         sizes = [len(layer) for layer in rig.table.layers]
         per_layer, start = [], 0
@@ -55,7 +55,8 @@ def score_a_step(model, stage, kind, accumulation, probe):
     truth = true_gradients(rig, everything) if stage != 3 else None
     if probe:
         for batch in rig.mine(rig.steps):
-            with scores.micro_batch(batch["attention_mask"], all_layers=True, factor=1.0):
+            watch = scores.micro_batch(batch["attention_mask"], all_layers=True, factor=1.0)
+            with rig.engine.reaching_all_layers(), watch:
                 rig.engine.probe(batch, backward=True)
     else:
         rig.train(1, scores)

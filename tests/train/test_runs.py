@@ -176,7 +176,7 @@ def plain_deepspeed(config, lr):
     import deepspeed
 
     from irtune.adapters.build import add_adapters
-    from irtune.data import BatchPlan, Encoder, collate, read_corpus
+    from irtune.data import BatchSampler, Encoder, collate, read_corpus
     from irtune.distributed import runtime
     from irtune.models import load_classifier
 
@@ -188,7 +188,7 @@ def plain_deepspeed(config, lr):
     classifier = load_classifier(config.model, corpus.labels)
     encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
     encoded = [encoder.encode(example) for example in corpus.splits["train"]]
-    plan = BatchPlan([len(e["input_ids"]) for e in encoded], 4, world.size, config.run.seed)
+    plan = BatchSampler([len(e["input_ids"]) for e in encoded], 4, world.size, config.run.seed)
     model, _ = add_adapters(classifier, config.adapter)
     engine, *_ = deepspeed.initialize(
         model=model,

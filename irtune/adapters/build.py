@@ -1,11 +1,9 @@
 """Put adapters of a type into a model."""
 
-import importlib
-
 from torch import nn
 
 from irtune.adapters.table import LayerTable, build_table
-from irtune.config.checks import PLAIN_BASE
+from irtune.config.declarations import adapter_kinds, implementation
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ConfigError
 from irtune.models import Classifier
@@ -17,18 +15,19 @@ def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Mod
     Raises:
         ConfigError, ModelError: when the type's settings do not fit the model.
     """
-    if adapter.type in PLAIN_BASE and getattr(classifier.model, "is_quantized", False):
+    kind = implementation(adapter_kinds()[adapter.type])
+    if kind.needs_plain_base and getattr(classifier.model, "is_quantized", False):
         raise ConfigError(f"adapter.type {adapter.type} needs model.quantization none")
-    kind = importlib.import_module(f"irtune.adapters.kinds.{adapter.type.replace('-', '_')}")
+    assert kind.build is not None, f"{kind.module} declares no build"
     model = kind.build(classifier, adapter)
     table = build_table(
         model,
         classifier.anatomy,
-        every_layer=getattr(kind, "EVERY_LAYER", True),
-        pretrained=getattr(kind, "PRETRAINED", False),
-        below=getattr(kind, "BELOW", False) or adapter.embeddings,
+        every_layer=kind.every_layer,
+        pretrained=kind.pretrained,
+        below=kind.below or adapter.embeddings,
     )
-    table.frozen = getattr(kind, "FROZEN", table.frozen)
+    table.frozen = kind.frozen
     dtypes = {parameter.dtype for _, parameter in table.all()}
     assert len(dtypes) == 1, f"adapters and head must share one dtype, not {dtypes}"
     return model, table

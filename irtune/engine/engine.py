@@ -22,7 +22,7 @@ from torch import nn
 
 from irtune.adapters import LayerTable, suppressed, write_adapter
 from irtune.config import AdapterConfig, OptimConfig
-from irtune.config.checks import OWN_WEIGHTS
+from irtune.config.declarations import adapter_kinds
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import join_deepspeed
 from irtune.engine.deepspeed_private import can_update_on_device, check_version, rebuilding
@@ -307,11 +307,12 @@ class Engine:
             labels: names of the classes, recorded in irtune's own format.
             layers: layers to write in irtune's own format; None: all.
         """
-        if not isinstance(self.module, PeftModel) or adapter.type in OWN_WEIGHTS:
+        if not adapter_kinds()[adapter.type].peft_format:
             tensors = self.trainable(layers)
             if runtime.rank() == 0:
                 write_adapter(folder, tensors, adapter, labels)
             return
+        assert isinstance(self.module, PeftModel), f"{adapter.type} is not a model of peft, as it declares"
         with self._whole([parameter for _, parameter in self.table.all()]):
             if runtime.rank() == 0:
                 # False: no embedding is trained, and peft would ask the hub whether one was.

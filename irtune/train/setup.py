@@ -10,9 +10,9 @@ from torch import nn
 
 from irtune.adapters import LayerTable, remember_origins
 from irtune.adapters.build import add_adapters
-from irtune.adapters.ltuning import longest_label
 from irtune.config import Config, write_config
-from irtune.config.batch_size import for_ranks
+from irtune.config.batch_size import with_accumulation
+from irtune.config.declarations import adapter_kinds, implementation, methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.data import BatchPlan, Corpus, Encoder, TokenCache, corpus_digest, plan_batches, read_corpus
 from irtune.distributed import environment, runtime
@@ -86,7 +86,7 @@ def _check_device(config: Config, world: World) -> list[str]:
 
 def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path) -> Plans:
     """Everything that can fail by the user's doing, on all ranks alike, before the first byte is written."""
-    given, config = config, for_ranks(config, world.size)
+    given, config = config, with_accumulation(config, world.size)
     micro_batches = world.size * config.optim.gradient_accumulation_steps
     with runtime.shared_errors():
         checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
@@ -111,10 +111,10 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
         score = config.tuning.score
         projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None
-        by_ratio = config.tuning.method == "spectrum"
-        ratios = layer_ratios(classifier.model, classifier.anatomy) if by_ratio else None
+        method = methods()[config.tuning.method]
+        ratios = layer_ratios(classifier.model, classifier.anatomy) if method.needs_ratios else None
         model, table = add_adapters(classifier, config.adapter)
-        if config.tuning.method == "ist":
+        if method.suppresses:
             remember_origins(table)
         sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]
         chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
@@ -203,9 +203,8 @@ def _check_length(config: Config, classifier: Classifier) -> None:
     limit = longest_input(classifier)
     if limit is None:
         return
-    more = config.adapter.num_tokens if config.adapter.type == "prompt" else 0
-    if config.adapter.type == "ltuning-prompt":
-        more = longest_label(classifier)
+    extra_tokens = implementation(adapter_kinds()[config.adapter.type]).extra_tokens
+    more = 0 if extra_tokens is None else extra_tokens(classifier, config.adapter)
     if config.data.max_length + more > limit:
         behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
         raise ConfigError(

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -16,10 +15,10 @@ import yaml
 import irtune
 from docs.make_configuration import reference
 from irtune.commands import COMMANDS
-from irtune.config.checks import ADAPTER_TYPES
-from irtune.config.load import SECTIONS, known_keys, load_config
+from irtune.config.declarations import adapter_kinds, methods
+from irtune.config.load import load_config
 from irtune.config.presets import MODELS
-from irtune.config.schema import TuningConfig
+from irtune.config.schema import SECTIONS, known_keys
 from irtune.data.corpus import SPLITS
 from irtune.data.prompts import INSTRUCTION, PAIR_SEPARATOR, TAGGED
 from irtune.data.readers.tables import SUFFIXES
@@ -63,9 +62,9 @@ def test_the_reference_has_every_key_with_its_meaning():
     assert list(table) == known_keys()
     assert all(len(meaning.removesuffix(" |")) > 5 for _, _, meaning in table.values())
     assert table["optim.lr"][:2] == ["a number above 0", "`0.0005`"]
-    assert table["tuning.num_splits"][0] == "whole number; 1 to 8"
+    assert table["tuning.num_splits"][0] == "a whole number from 1 to 8"
     assert table["run.best_metric"][0] == "`macro_f1`, `accuracy`, `auprc`, `loss`"
-    assert all(f"`{name}`" in table["adapter.type"][0] for name in ADAPTER_TYPES)
+    assert all(f"`{name}`" in table["adapter.type"][0] for name in adapter_kinds())
 
 
 def anchors(text: str) -> set[str]:
@@ -114,8 +113,7 @@ def test_every_key_and_command_that_is_mentioned_exists(file):
 def test_every_adapter_type_and_method_is_described():
     text = page("adapters.md") + page("method.md")
     rows = set(re.findall(r"^\| `?([a-z-]+)`?(?: \(default\))? \|", text, re.MULTILINE))
-    methods = get_args(TuningConfig.__dataclass_fields__["method"].type)
-    missing = {*ADAPTER_TYPES, *methods} - rows
+    missing = {*adapter_kinds(), *methods()} - rows
     assert not missing, f"no row in a table of docs/adapters.md or docs/method.md: {missing}"
 
 

@@ -223,27 +223,11 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_code():
 # ----- extending -----
 
 
-def apply_diff(folder: Path, diff: str) -> None:
-    """Apply a diff whose hunks are found by their text: each must stand exactly once in its file."""
-    header, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
-    file = folder / header.removeprefix("--- ").strip()
-    text = file.read_text(encoding="utf-8")
-    for hunk in hunks:
-        lines = [(line[:1], line[1:] + "\n") for line in hunk.splitlines()]
-        old = "".join(line for sign, line in lines if sign != "+")
-        new = "".join(line for sign, line in lines if sign != "-")
-        assert text.count(old) == 1, f"{file.name} has {text.count(old)} times:\n{old}"
-        text = text.replace(old, new)
-    file.write_text(text, encoding="utf-8")
-
-
 def test_the_examples_of_the_extending_page_work(llama, tmp_path):
     for name in ("irtune", "ds_configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for language, content in BLOCK.findall(page("extending.md")):
-        if language == "diff":
-            apply_diff(tmp_path, content)
-        else:
+        if language == "python":
             (tmp_path / content.split("\n", 1)[0].removeprefix("# ")).write_text(content, encoding="utf-8")
     scripts = sorted(file.name for file in tmp_path.glob("try_*.py"))
     assert scripts == ["try_corpus.py", "try_rescale.py", "try_window.py"]

@@ -152,7 +152,9 @@ def _check_adapter(config: Config) -> list[str]:
             f"adapter.type {name} trains the model's own parameters, which are {config.model.dtype}; set "
             "adapter.dtype to model (fp32 masters are kept) or model.dtype to float32"
         )
-    if config.tuning.cost_weight and (kind.below or config.adapter.embeddings):
+    method = methods().get(config.tuning.method)
+    weighs = method is not None and "tuning.cost_weight" in method.keys and config.tuning.cost_weight
+    if weighs and (kind.below or config.adapter.embeddings):
         what = "adapter.embeddings" if config.adapter.embeddings else f"adapter.type {name}"
         problems.append(
             f"tuning.cost_weight has no effect with {what}: the backward pass goes through all layers anyway; leave it "

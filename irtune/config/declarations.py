@@ -177,7 +177,7 @@ def _declared(call: ast.Call, file: Path, module: str, kind: type[D]) -> D:
             continue
         try:
             values[name] = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError):
             raise ConfigError(
                 f"{where}: {name} must be a literal, since {kind.__name__} is read without running the file"
             ) from None

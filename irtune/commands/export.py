@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from irtune.commands.common import a_path, add_folder, parser, show, trusted
+from irtune.config.declarations import adapter_kinds
 from irtune.data import Example, collate
 from irtune.errors import ConfigError, RunError
 from irtune.evaluation.saved_run import ADAPTER_FILES, LoadedRun, is_peft_adapter, load_run, read_run
@@ -94,7 +95,7 @@ def _probabilities(run: LoadedRun, model: nn.Module) -> torch.Tensor:
 def model_card(config: Any, results: dict[str, Any], *, merged: bool) -> str:
     """The README of an export: what it is, what it learnt from, how good it is, how to load it."""
     labels = list(results["dev"]["per_class"])
-    base, peft = config.model.name_or_path, config.adapter.type in ("lora", "dora", "rslora", "pissa")
+    base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format
     if merged:
         load = 'AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER")'
     elif peft:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from irtune.commands.common import show, show_json, table
 from irtune.config import load_config
-from irtune.config.batch_size import accumulation, for_ranks, rows_at_once
-from irtune.config.checks import PLAIN_BASE
+from irtune.config.batch_size import accumulation, longest_micro_batch, with_accumulation
+from irtune.config.declarations import adapter_kinds
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.errors import ConfigError
 from irtune.memory import Estimate, count, estimate
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str]) -> int:
     problems = accumulation(config.optim, int(gpus))[1]
     if problems:
         raise ConfigError(problems)
-    config = for_ranks(config, int(gpus))
+    config = with_accumulation(config, int(gpus))
     zero = read_engine_json(config, int(gpus))[0]["zero_optimization"]
-    parts = count(config)
+    parts, plain = count(config), adapter_kinds()[config.adapter.type].needs_plain_base
     rows = [
         estimate(parts, config, stage=s, quantization=q, world=int(gpus), memory=memory, zero=zero)
         for q in ("none", "nf4", "int8")
         for s in (range(4) if stage is None else [int(stage)])
-        if not (s == 3 and q == "int8") and not (q != "none" and config.adapter.type in PLAIN_BASE)
+        if not (s == 3 and q == "int8") and not (q != "none" and plain)
     ]
     if "--json" in arguments:
         show_json([dataclasses.asdict(row) for row in rows])
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     show(
         f"{config.model.name_or_path}: {len(parts.layers)} layers, {parts.constant:,} constant weights, "
         f"{elements:,} trainable in layers, {sum(parts.head):,} in the head\n"
-        f"{gpus} rank(s), {rows_at_once(config)} examples of {config.data.max_length} tokens per rank; "
+        f"{gpus} rank(s), {longest_micro_batch(config)} examples of {config.data.max_length} tokens per rank; "
         f"{len(parts.selected)} layers train at a time{lowest}; figures are MiB per rank"
     )
     for sentence in parts.assumed:

@@ -7,7 +7,8 @@ from typing import Any
 
 from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
-from irtune.config.batch_size import for_ranks
+from irtune.config.batch_size import with_accumulation
+from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.data import Corpus, Encoder, build_sampler, read_corpus, total_steps
 from irtune.distributed.runtime import read_world
@@ -58,7 +59,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     problems: list[str] = []
     settings, engine_problems = read_engine_json(config, ranks)
     problems += engine_problems + unknown_zero_keys(settings)
-    config = for_ranks(config, ranks)
+    config = with_accumulation(config, ranks)
     corpus = _tried(lambda: read_corpus(config.data), problems)
     tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
     encoder = encoded = sampler = None
@@ -131,7 +132,7 @@ def _warnings(corpus: Corpus, at_limit: int, steps: int, config: Config) -> list
                         "and may be shortened")  # fmt: skip
     if config.optim.warmup_steps >= steps:
         warnings.append(f"optim.warmup_steps ({config.optim.warmup_steps}) lasts for all {steps} steps")
-    if config.tuning.method == "ir" and config.tuning.interval >= steps:
+    if methods()[config.tuning.method].repeats and config.tuning.interval >= steps:
         warnings.append(f"tuning.interval ({config.tuning.interval}): layers are chosen only once in {steps} steps")
     return warnings
 

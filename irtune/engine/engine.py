@@ -23,7 +23,7 @@ from torch import nn
 from irtune.adapters import LORA, AdapterTraits, LayerTable, write_adapter
 from irtune.adapters.idle import IdleAdapters
 from irtune.config import AdapterConfig, OptimConfig
-from irtune.config.checks import OWN_WEIGHTS
+from irtune.config.declarations import adapter_kinds
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import join_deepspeed
 from irtune.engine.deepspeed_private import can_update_on_device, check_version, rebuilding
@@ -68,7 +68,7 @@ class Engine:
         self.idle = IdleAdapters(table.modules)
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         # The reentrant kind would go back through what layers share, once for each of them (ltuning-prefix).
-        shared = self.stage == 3 and traits.below and any(table.layers) and not traits.own_weights
+        shared = self.stage == 3 and traits.below and any(table.layers) and not traits.pretrained
         if shared and recompute:
             log.warning("model.gradient_checkpointing is not used: under ZeRO 3 this adapter's layers share a network")
         self.recompute = Recompute(
@@ -312,11 +312,12 @@ class Engine:
             labels: names of the classes, recorded in irtune's own format.
             layers: layers to write in irtune's own format; None: all.
         """
-        if not isinstance(self.module, PeftModel) or adapter.type in OWN_WEIGHTS:
+        if not adapter_kinds()[adapter.type].peft_format:
             tensors = self.trainable(layers)
             if runtime.rank() == 0:
                 write_adapter(folder, tensors, adapter, labels)
             return
+        assert isinstance(self.module, PeftModel), f"{adapter.type} is not a model of peft, as it declares"
         with self._whole([parameter for _, parameter in self.table.all()]):
             if runtime.rank() == 0:
                 # False: no embedding is trained, and peft would ask the hub whether one was.

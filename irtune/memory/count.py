@@ -1,7 +1,6 @@
 """A model's parameters, and the tensors of one step, counted on the meta device: no weights are there."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,8 @@ from torch import nn
 
 from irtune.adapters import LayerTable, adapter_traits, add_adapters
 from irtune.config import Config
-from irtune.config.batch_size import rows_at_once
+from irtune.config.batch_size import longest_micro_batch
+from irtune.config.declarations import adapter_kinds, methods
 from irtune.engine.recompute import Recompute
 from irtune.errors import ConfigError
 from irtune.memory.labels import planned_labels, planned_tokenizer
@@ -20,8 +20,7 @@ from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
 from irtune.models.kernels import install_cpu_kernels
 from irtune.models.skeleton import empty_classifier
-from irtune.selection.registry import PAPER_BUDGETS, build_chooser, layer_budget, takes_budget
-from irtune.selection.split import REFERENCE_WINDOW
+from irtune.selection.registry import build_chooser, largest_selection
 
 EVALUATION_ROWS = 2  # an evaluation batch, in micro-batches, as the trainer has it
 
@@ -85,8 +84,9 @@ def count(
         ConfigError, ModelError: as for a run whose model is there.
     """
     adapter, wanted = config.adapter, config.model.attn_implementation
-    if adapter.type.endswith("prefix") and wanted != "sdpa":
-        raise ConfigError(f"adapter.type {adapter.type} needs model.attn_implementation sdpa, not {wanted}")
+    kind = adapter_kinds()[adapter.type]
+    if kind.attention not in ("", wanted):
+        raise ConfigError(f"adapter.type {adapter.type} needs model.attn_implementation {kind.attention}, not {wanted}")
     names, assumed = planned_labels(config, labels)
     attention = stand_in(wanted, DTYPES[config.model.dtype], device)
     model, anatomy = empty_classifier(config.model, names, attention)
@@ -95,13 +95,13 @@ def count(
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
     tokenizer, unknown = planned_tokenizer(config, names)
-    if adapter.type == "pissa":  # the same shapes; its first values come from weights that are not here
-        adapter = dataclasses.replace(adapter, type="lora")
+    if kind.shapes_of:  # its first values come from weights that are not here
+        adapter = dataclasses.replace(adapter, type=kind.shapes_of)
     with torch.device("meta"), traceable(model):
         network, table = add_adapters(Classifier(model, tokenizer, anatomy), adapter)
     trained = {id(parameter) for _, parameter in table.all()}
     constant = [parameter for parameter in network.parameters() if id(parameter) not in trained]
-    own_weights = adapter_traits(adapter).own_weights
+    own_weights = adapter_traits(adapter).pretrained
     weights = [] if own_weights else [int(module.weight.numel()) for module in linear]
     some = [number for number, layer in enumerate(table.layers) if layer]
     chosen = worst_selection(config, some, table.num_layers) if selected is None else list(selected)
@@ -115,7 +115,7 @@ def count(
         weight_bytes=DTYPES[config.model.dtype].itemsize,
         trained_bytes=table.head[0][1].element_size(),
         device=device,
-        assumed=(*assumed, *unknown) if adapter.type.startswith("ltuning") else (),
+        assumed=(*assumed, *unknown) if kind.reads_labels else (),
         **_steps(config, network, table, chosen, slope),
     )
 
@@ -134,35 +134,27 @@ def worst_selection(config: Config, layers: Sequence[int], num_layers: int) -> l
         ConfigError: for a budget or layers that the model has not.
     """
     tuning, count = config.tuning, len(layers)
-    if tuning.method == "fixed" or not layers:
+    if methods()[tuning.method].names_layers or not layers:
         sizes = [int(number in layers) for number in range(num_layers)]
         return build_chooser(tuning, num_layers, 0, sizes).first() or []
-    if not takes_budget(tuning.method):
-        return list(layers)
-    if tuning.method == "ir" and tuning.budget is None:
-        if tuning.rule == "reference":
-            most = count - int(REFERENCE_WINDOW[0] * count)
-        else:
-            most = min(count, max(1, math.floor(tuning.max_fraction * count + 1e-9)))
-    else:
-        most = layer_budget(tuning.budget or PAPER_BUDGETS[tuning.method], count)
+    most = largest_selection(tuning, count)
     return [layers[0], *layers[count - most + 1 :]]
 
 
-def scores_all_layers(config: Config) -> bool:
-    """Whether some steps of a run compute gradients of layers that do not train."""
+def scores_all_layers(config: Config, num_layers: int) -> bool:
+    """Whether some steps of a run over `num_layers` layers compute gradients of layers that do not train."""
     tuning = config.tuning
     if tuning.score in ("weight", "cosine"):  # which need none
         return False
-    probes = tuning.first == "probe" or tuning.scores == "fresh"
-    return tuning.method in ("topk", "grass") or (tuning.method == "ir" and probes)
+    chooser = build_chooser(tuning, num_layers, 0)
+    return chooser.needs_scores and (tuning.scores == "fresh" or chooser.first() is None)
 
 
 def _steps(config: Config, network: nn.Module, table: LayerTable, selected: list[int], slope: bool) -> dict:
     """The fields of `Parts` about steps."""
     always = config.model.gradient_checkpointing
     recompute = Recompute(table.modules, reentrant=False, always=always, traits=adapter_traits(config.adapter))
-    rows, length = rows_at_once(config), config.data.max_length
+    rows, length = longest_micro_batch(config), config.data.max_length
 
     def step(rows: int, scoring: bool = False) -> Step:
         return training_step(network, table, selected, recompute, rows=rows, length=length, scoring=scoring)
@@ -174,7 +166,7 @@ def _steps(config: Config, network: nn.Module, table: LayerTable, selected: list
     }
     trained = step(rows)
     found = {"peak": trained.peak, "scoring": 0, "evaluation": largest["evaluation"](rows)}
-    if scores_all_layers(config) and len(selected) < table.num_layers:
+    if scores_all_layers(config, table.num_layers) and len(selected) < table.num_layers:
         found["scoring"] = largest["scoring"](rows)
     name = max(found, key=lambda name: found[name])
     per_row = (largest[name](2 * rows) - found[name]) / rows if slope else 0.0

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import irtune
 from irtune.config import Config
-from irtune.config.batch_size import rows_at_once
+from irtune.config.batch_size import longest_micro_batch
+from irtune.config.declarations import adapter_kinds, methods
 from irtune.distributed import environment
 from irtune.distributed.versions import versions
 from irtune.files import remove_oldest
@@ -33,7 +34,9 @@ def kept_count(config: Config, *, device: str, labels: Sequence[str], slope: boo
     Raises:
         ConfigError, ModelError: as `parts.count`.
     """
-    if config.model.trust_remote_code or config.adapter.type.startswith("ltuning"):
+    kind, method = adapter_kinds()[config.adapter.type], methods()[config.tuning.method]
+    foreign = not all(found.module.startswith("irtune.") for found in (kind, method))
+    if config.model.trust_remote_code or kind.reads_labels or foreign:
         return count(config, device=device, labels=labels, slope=slope)  # other code, a tokenizer: not in the key
     file = environment.cache_folder() / "plans" / f"{_key(config, device, labels, slope)}.json"
     parts = _read(file)
@@ -52,7 +55,7 @@ def kept_count(config: Config, *, device: str, labels: Sequence[str], slope: boo
 def _key(config: Config, device: str, labels: Sequence[str], slope: bool) -> str:
     model = {name: value for name, value in vars(config.model).items() if name != "name_or_path"}
     sections = [model, vars(config.adapter), vars(config.tuning)]
-    sizes = [rows_at_once(config), config.data.max_length, device, list(labels), slope]
+    sizes = [longest_micro_batch(config), config.data.max_length, device, list(labels), slope]
     shape = model_settings(config.model).to_dict()
     for place in ("_name_or_path", "name_or_path"):
         shape.pop(place, None)

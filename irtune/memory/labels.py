@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from irtune.config import Config
+from irtune.config.declarations import adapter_kinds
 from irtune.models.classifier import load_tokenizer
 
 # Labels of the known corpora, after `data.drop_labels` of their presets.
@@ -52,7 +53,7 @@ def planned_tokenizer(config: Config, labels: Sequence[str]) -> tuple[Any, list[
 
     Only L-Tuning needs one. It is read from a model's folder; for other models, nothing is downloaded.
     """
-    if not config.adapter.type.startswith("ltuning"):
+    if not adapter_kinds()[config.adapter.type].reads_labels:
         return SimpleNamespace(pad_token_id=0, cls_token_id=None), []
     if Path(config.model.name_or_path).expanduser().is_dir():
         return load_tokenizer(config.model), []

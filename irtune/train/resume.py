@@ -40,14 +40,14 @@ class ResumePoint:
         return progress["step"] >= max_steps or progress.get("stopped", False)
 
 
-def resume_from(folder: Path, identity: dict[str, Any], table: LayerTable, *, own_weights: bool) -> ResumePoint:
+def resume_from(folder: Path, identity: dict[str, Any], table: LayerTable, *, pretrained: bool) -> ResumePoint:
     """Read a checkpoint of a run like this one, and put its adapters and head into the model.
 
     Args:
         folder: of the checkpoint.
         identity: of this run.
         table: the model's parameters, under no engine yet. Collective where they are partitioned.
-        own_weights: the layers' parameters are the model's own: those that never trained are not in a checkpoint.
+        pretrained: the layers' parameters are the model's own: those that never trained are not in a checkpoint.
 
     Raises:
         CheckpointError: when the checkpoint cannot be read, or is that of another run.
@@ -55,7 +55,7 @@ def resume_from(folder: Path, identity: dict[str, Any], table: LayerTable, *, ow
     state = read_state(folder)
     check_same_run(state["run"], identity, folder)
     note_versions(state.get("versions"), folder)
-    untrained = {name for layer in table.layers for name, _ in layer} if own_weights else set()
+    untrained = {name for layer in table.layers for name, _ in layer} if pretrained else set()
     load_into(table.all(), read_tensors(folder, TRAINABLE), folder, untrained)
     return ResumePoint(folder, state)
 

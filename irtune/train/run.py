@@ -8,7 +8,7 @@ from typing import Any
 
 from irtune import console
 from irtune.config import Config
-from irtune.config.batch_size import for_ranks
+from irtune.config.batch_size import with_accumulation
 from irtune.distributed import logs, runtime
 from irtune.distributed import node_checks as nodes
 from irtune.distributed.runtime import World
@@ -65,7 +65,7 @@ def run(config: Config) -> dict[str, Any] | None:
         tell_the_others(error)
         raise
     except Exception as error:
-        told = as_user_error(error, for_ranks(config, world.size), settings["zero_optimization"]["stage"])
+        told = as_user_error(error, with_accumulation(config, world.size), settings["zero_optimization"]["stage"])
         failure = told or error
         tell_the_others(failure)
         if told is None:

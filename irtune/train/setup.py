@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from irtune.adapters import AdapterTraits, LayerTable, Suppression, adapter_traits, add_adapters
-from irtune.adapters.ltuning import longest_label
 from irtune.config import Config, write_config
-from irtune.config.batch_size import for_ranks
+from irtune.config.batch_size import with_accumulation
+from irtune.config.declarations import adapter_kinds, implementation, methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.data import Corpus, Encoder, TokenCache, build_sampler, corpus_digest, read_corpus, total_steps
 from irtune.data.token_cache import Encoded
@@ -94,7 +94,7 @@ def _check_device(config: Config, world: World) -> list[str]:
 
 def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path) -> RunSetup:
     """Everything that can fail by the user's doing, on all ranks alike, before the first byte is written."""
-    given, config = config, for_ranks(config, world.size)
+    given, config = config, with_accumulation(config, world.size)
     with runtime.shared_errors():
         checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
         latest = find_checkpoint(config, checkpoints)
@@ -116,12 +116,12 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         projections, ratios = _score_constants(config, classifier)  # before adapters wrap the modules
         module, table = add_adapters(classifier, config.adapter)
         traits = adapter_traits(config.adapter)
-        suppression = Suppression(table) if config.tuning.method == "ist" else None
+        suppression = Suppression(table) if methods()[config.tuning.method].suppresses else None
         chooser = _build_chooser(config, table, ratios)
         checkpoints.identity = run_identity(config, corpus, data.sampler, data.max_steps)
         resumed = None
         if latest is not None:
-            resumed = resume_from(latest, checkpoints.identity, table, own_weights=traits.own_weights)
+            resumed = resume_from(latest, checkpoints.identity, table, pretrained=traits.pretrained)
         finished = resumed is not None and resumed.ends(data.max_steps) and (folder / "results.json").is_file()
         if world.is_main and not finished:
             _open_folder(folder, given)
@@ -171,10 +171,10 @@ def _training_data(
 def _score_constants(
     config: Config, classifier: Classifier
 ) -> tuple[Sequence[torch.Tensor] | None, dict[str, list[float]] | None]:
-    """What some methods look at: a projection per layer for the score `weight`, signal to noise for `spectrum`."""
+    """What some methods look at: a projection per layer for the score `weight`, or signal-to-noise ratios."""
     model, anatomy = classifier.model, classifier.anatomy
     projections = output_projections(model, anatomy) if config.tuning.score == "weight" else None
-    return projections, layer_ratios(model, anatomy) if config.tuning.method == "spectrum" else None
+    return projections, layer_ratios(model, anatomy) if methods()[config.tuning.method].needs_ratios else None
 
 
 def _build_chooser(config: Config, table: LayerTable, ratios: dict[str, list[float]] | None) -> Chooser:
@@ -197,7 +197,7 @@ def pretrained_weights(setup: RunSetup) -> dict[str, torch.Tensor]:
     The best checkpoint lacks layers that first trained after it: they must be what they were before. Where ranks hold
     shares, the layers are given their weights here, one by one, and nothing is returned.
     """
-    if not setup.model.traits.own_weights:
+    if not setup.model.traits.pretrained:
         return {}
     layers = setup.model.table.layers
     zero = _sharded(setup.config, setup.settings)
@@ -219,9 +219,8 @@ def _check_length(config: Config, classifier: Classifier) -> None:
     limit = longest_input(classifier)
     if limit is None:
         return
-    more = config.adapter.num_tokens if config.adapter.type == "prompt" else 0
-    if config.adapter.type == "ltuning-prompt":
-        more = longest_label(classifier)
+    extra_tokens = implementation(adapter_kinds()[config.adapter.type]).extra_tokens
+    more = 0 if extra_tokens is None else extra_tokens(classifier, config.adapter)
     if config.data.max_length + more > limit:
         behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
         raise ConfigError(

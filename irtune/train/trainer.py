@@ -286,7 +286,7 @@ class Trainer:
 
     def _saved_layers(self) -> list[int] | None:
         """Layers whose weights a checkpoint needs: of a model's own weights, only those that ever trained."""
-        if not self.engine.traits.own_weights:
+        if not self.engine.traits.pretrained:
             return None
         return [layer for layer, steps in enumerate(self.progress.trained_steps) if steps]
 

@@ -212,7 +212,7 @@ def test_unknown_types_and_impossible_combinations_are_refused():
     assert "did you mean bottleneck" in said and "ltuning-prefix" in said
     for kind in ("prompt", "ltuning-prompt"):
         config = Config(adapter=AdapterConfig(type=kind), tuning=TuningConfig(method="ir"))
-        assert any("not in layers" in line and "use full" in line for line in check_config(config))
+        assert any("not in layers: it needs tuning.method full, not ir" in line for line in check_config(config))
         assert load_config([f"--adapter.type={kind}", "--data.path=x"]).tuning.method == "full"
     own = Config(adapter=AdapterConfig(type="none"), model=ModelConfig(dtype="bfloat16"))
     assert any("adapter.dtype to model" in line for line in check_config(own))

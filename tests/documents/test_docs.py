@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -16,10 +15,10 @@ import yaml
 import irtune
 from docs.make_configuration import reference
 from irtune.commands import COMMANDS
-from irtune.config.checks import ADAPTER_TYPES
-from irtune.config.load import SECTIONS, known_keys, load_config
+from irtune.config.declarations import adapter_kinds, methods
+from irtune.config.load import load_config
 from irtune.config.presets import MODELS
-from irtune.config.schema import TuningConfig
+from irtune.config.schema import SECTIONS, known_keys
 from irtune.data.corpus import SPLITS
 from irtune.data.prompts import INSTRUCTION, PAIR_SEPARATOR, TAGGED
 from irtune.data.readers.tables import SUFFIXES
@@ -63,9 +62,9 @@ def test_the_reference_has_every_key_with_its_meaning():
     assert list(table) == known_keys()
     assert all(len(meaning.removesuffix(" |")) > 5 for _, _, meaning in table.values())
     assert table["optim.lr"][:2] == ["a number above 0", "`0.0005`"]
-    assert table["tuning.num_splits"][0] == "whole number; 1 to 8"
+    assert table["tuning.num_splits"][0] == "a whole number from 1 to 8"
     assert table["run.best_metric"][0] == "`macro_f1`, `accuracy`, `auprc`, `loss`"
-    assert all(f"`{name}`" in table["adapter.type"][0] for name in ADAPTER_TYPES)
+    assert all(f"`{name}`" in table["adapter.type"][0] for name in adapter_kinds())
 
 
 def anchors(text: str) -> set[str]:
@@ -114,8 +113,7 @@ def test_every_key_and_command_that_is_mentioned_exists(file):
 def test_every_adapter_type_and_method_is_described():
     text = page("adapters.md") + page("method.md")
     rows = set(re.findall(r"^\| `?([a-z-]+)`?(?: \(default\))? \|", text, re.MULTILINE))
-    methods = get_args(TuningConfig.__dataclass_fields__["method"].type)
-    missing = {*ADAPTER_TYPES, *methods} - rows
+    missing = {*adapter_kinds(), *methods()} - rows
     assert not missing, f"no row in a table of docs/adapters.md or docs/method.md: {missing}"
 
 
@@ -225,27 +223,11 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_code():
 # ----- extending -----
 
 
-def apply_diff(folder: Path, diff: str) -> None:
-    """Apply a diff whose hunks are found by their text: each must stand exactly once in its file."""
-    header, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
-    file = folder / header.removeprefix("--- ").strip()
-    text = file.read_text(encoding="utf-8")
-    for hunk in hunks:
-        lines = [(line[:1], line[1:] + "\n") for line in hunk.splitlines()]
-        old = "".join(line for sign, line in lines if sign != "+")
-        new = "".join(line for sign, line in lines if sign != "-")
-        assert text.count(old) == 1, f"{file.name} has {text.count(old)} times:\n{old}"
-        text = text.replace(old, new)
-    file.write_text(text, encoding="utf-8")
-
-
 def test_the_examples_of_the_extending_page_work(llama, tmp_path):
     for name in ("irtune", "ds_configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for language, content in BLOCK.findall(page("extending.md")):
-        if language == "diff":
-            apply_diff(tmp_path, content)
-        else:
+        if language == "python":
             (tmp_path / content.split("\n", 1)[0].removeprefix("# ")).write_text(content, encoding="utf-8")
     scripts = sorted(file.name for file in tmp_path.glob("try_*.py"))
     assert scripts == ["try_corpus.py", "try_rescale.py", "try_window.py"]

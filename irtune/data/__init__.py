@@ -4,7 +4,6 @@ from irtune.data.batches import BatchPlan, collate, evaluation_batches, plan_bat
 from irtune.data.corpus import Corpus, Example, corpus_digest, read_corpus, read_split
 from irtune.data.prompts import Encoder
 from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
-from irtune.data.token_cache import TokenCache, encoder_digest
 
 __all__ = [
     "BatchPlan",
@@ -12,10 +11,8 @@ __all__ = [
     "Encoder",
     "Example",
     "NumberedRows",
-    "TokenCache",
     "collate",
     "corpus_digest",
-    "encoder_digest",
     "evaluation_batches",
     "parse_json_lines",
     "plan_batches",

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,16 +16,17 @@ from irtune.config import Config
 from irtune.config.batch_size import rows_at_once
 from irtune.engine.recompute import Recompute
 from irtune.errors import ConfigError
-from irtune.memory.labels import planned_labels, planned_tokenizer
 from irtune.memory.meta_attention import stand_in, traceable
 from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
+from irtune.models.classifier import load_tokenizer
 from irtune.models.kernels import shorten_on_cpus
 from irtune.models.skeleton import empty_classifier
 from irtune.selection.registry import PAPER_BUDGETS, build_chooser, layer_budget, takes_budget
 from irtune.selection.split import REFERENCE_WINDOW
 
+LABELS = 5  # where neither the corpus nor data.labels names them: a few rows of the head more or less
 EVALUATION_ROWS = 2  # an evaluation batch, in micro-batches, as the trainer has it
 
 
@@ -88,14 +91,20 @@ def count(
     adapter, wanted = config.adapter, config.model.attn_implementation
     if adapter.type.endswith("prefix") and wanted != "sdpa":
         raise ConfigError(f"adapter.type {adapter.type} needs model.attn_implementation sdpa, not {wanted}")
-    names, assumed = planned_labels(config, labels)
+    given = config.data.labels
+    names = list(labels) or list(dict.fromkeys(given.values() if isinstance(given, dict) else given or ()))
+    assumed = () if names else (f"{LABELS} labels, since the corpus is not read; data.labels can name them",)
+    names = names or [f"label {number}" for number in range(LABELS)]
     attention = stand_in(wanted, DTYPES[config.model.dtype], device)
     model, anatomy = empty_classifier(config.model, names, attention)
     if device == "cpu":
         shorten_on_cpus(model, compiled=config.model.compile)
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
-    tokenizer, unknown = planned_tokenizer(config, names)
+    # L-Tuning trains on the tokens of the labels; for other types, nothing of a tokenizer matters.
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, cls_token_id=None)
+    if adapter.type.startswith("ltuning"):
+        tokenizer = load_tokenizer(config.model)
     if adapter.type == "pissa":  # the same shapes; its first values come from weights that are not here
         adapter = dataclasses.replace(adapter, type="lora")
     with torch.device("meta"), traceable(model):
@@ -115,7 +124,7 @@ def count(
         weight_bytes=DTYPES[config.model.dtype].itemsize,
         trained_bytes=table.head[0][1].element_size(),
         device=device,
-        assumed=(*assumed, *unknown) if adapter.type.startswith("ltuning") else (),
+        assumed=assumed,
         **_steps(config, network, table, chosen, slope),
     )
 

@@ -14,9 +14,9 @@ from irtune.adapters.ltuning import longest_label
 from irtune.config import Config, write_config
 from irtune.config.batch_size import for_ranks
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.data import BatchPlan, Corpus, Encoder, TokenCache, corpus_digest, plan_batches, read_corpus
-from irtune.distributed import environment, runtime
+from irtune.data import BatchPlan, Corpus, Encoder, corpus_digest, plan_batches, read_corpus
 from irtune.distributed import node_checks as nodes
+from irtune.distributed import runtime
 from irtune.distributed.partitioned import whole
 from irtune.distributed.runtime import World
 from irtune.engine.deepspeed_private import unknown_zero_keys
@@ -99,13 +99,9 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
         _check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
-        cache = TokenCache(environment.cache_folder() / "tokens", encoder, digest)
-        # Once per node: the others find it done when they have met the first at the end of this block.
-        early = world.local_rank == 0 or not cache.is_usable()
-        encoded = cache.load_or_encode(corpus) if early else {}
-    nodes.check_equal({"the tokenizer with its prompt": cache.key})
+    nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})
     with runtime.shared_errors():
-        encoded = encoded or cache.load_or_encode(corpus)
+        encoded = encoder.encode_corpus(corpus)
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
         plan = plan_batches(lengths, config, micro_batches)
         max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))

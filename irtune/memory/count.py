@@ -21,7 +21,6 @@ from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
 from irtune.models.classifier import load_tokenizer
-from irtune.models.kernels import shorten_on_cpus
 from irtune.models.skeleton import empty_classifier
 from irtune.selection.registry import PAPER_BUDGETS, build_chooser, layer_budget, takes_budget
 from irtune.selection.split import REFERENCE_WINDOW
@@ -97,8 +96,6 @@ def count(
     names = names or [f"label {number}" for number in range(LABELS)]
     attention = stand_in(wanted, DTYPES[config.model.dtype], device)
     model, anatomy = empty_classifier(config.model, names, attention)
-    if device == "cpu":
-        shorten_on_cpus(model, compiled=config.model.compile)
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
     # L-Tuning trains on the tokens of the labels; for other types, nothing of a tokenizer matters.

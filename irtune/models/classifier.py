@@ -25,7 +25,7 @@ from irtune.errors import ModelError, one_line
 from irtune.models import quantization
 from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.models.files import check_files, find_source, without_safetensors
-from irtune.models.kernels import attention_kernel, heed_padding, shorten_on_cpus
+from irtune.models.kernels import attention_kernel, heed_padding
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,8 +109,6 @@ def load_classifier(
         )
     quantization.settle(model)
     heed_padding(model)
-    if not torch.cuda.is_available():
-        shorten_on_cpus(model, compiled=config.compile)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name
     anatomy = _checked_anatomy(source, model, info)

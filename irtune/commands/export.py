@@ -15,7 +15,7 @@ from irtune.config.declarations import adapter_kinds
 from irtune.data import Example, collate
 from irtune.errors import ConfigError, RunError
 from irtune.evaluation.saved_run import ADAPTER_FILES, LoadedRun, is_peft_adapter, load_run, read_run
-from irtune.files import writing
+from irtune.files import replacing, writing
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
 PROBES = (
@@ -41,15 +41,9 @@ def main(arguments: Sequence[str]) -> int:
     read_run(source)  # a run, and finished?
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise ConfigError(f"--to {str(target)!r} is there already and not empty; accepted: a new folder")
-    scratch = target.with_name(f".{target.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        with writing(target):
-            scratch.mkdir(parents=True)
-            _merged(source, scratch, trusted(given)) if given.merge else _adapter(source, scratch)
-            scratch.replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with writing(target), replacing(target) as scratch:
+        scratch.mkdir(parents=True)
+        _merged(source, scratch, trusted(given)) if given.merge else _adapter(source, scratch)
     show(f"written to {target}")
     return 0
 

@@ -14,7 +14,7 @@ from irtune.data import Example, NumberedRows, parse_json_lines, read_table
 from irtune.data.readers.cells import as_text, listed
 from irtune.errors import ConfigError, DataError
 from irtune.evaluation.saved_run import LoadedRun, load_run
-from irtune.files import writing
+from irtune.files import write_text, writing
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
@@ -105,20 +105,20 @@ def _write(target: Path | None, rows: NumberedRows, probabilities: list[list[flo
         if target is None:
             sys.stdout.writelines(lines)
             return
-        _replace(target, "".join(lines))
-        return
-    names = dict.fromkeys(name for row, _, _ in records for name in row)
-    header = [*names, "predicted", "probability", *(f"p_{label}" for label in run.labels)]
-    text = io.StringIO(newline="")
-    writer: Any = csv.DictWriter(text, header, delimiter="\t" if target.suffix.lower() == ".tsv" else ",")
-    writer.writeheader()
-    writer.writerows({**row, **found, **{f"p_{k}": v for k, v in every.items()}} for row, found, every in records)
-    _replace(target, text.getvalue())
-
-
-def _replace(target: Path, text: str) -> None:
+        text = "".join(lines)
+    else:
+        text = _table(records, run.labels, "\t" if target.suffix.lower() == ".tsv" else ",")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}")
-        scratch.write_text(text, encoding="utf-8", newline="")
-        scratch.replace(target)
+        write_text(target, text)
+
+
+def _table(records: list[tuple[dict, dict, dict]], labels: list[str], delimiter: str) -> str:
+    """Columns of the input, then the prediction, then a column p_LABEL for each label."""
+    names = dict.fromkeys(name for row, _, _ in records for name in row)
+    header = [*names, "predicted", "probability", *(f"p_{label}" for label in labels)]
+    text = io.StringIO(newline="")
+    writer: Any = csv.DictWriter(text, header, delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows({**row, **found, **{f"p_{k}": v for k, v in every.items()}} for row, found, every in records)
+    return text.getvalue()

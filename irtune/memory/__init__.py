@@ -1,8 +1,8 @@
 """What a run will need, counted before it starts: nothing is loaded, nothing computed.
 
-parts: a model's parameters and one step's tensors, counted on the meta device. estimate: bytes per rank under a ZeRO
-stage and a format of the base. report: the plan of one run in words, and beside the measured peak. labels,
-attention, step: what `parts` counts with.
+count: a model's parameters and one step's tensors, on the meta device. estimate: bytes per rank under a ZeRO stage and
+a format of the base. report: the plan of one run in words, and beside the measured peak. meta_attention, meta_step:
+what `count` counts with. measure: what a run really needed.
 """
 
 from irtune.memory.count import Parts, count, worst_selection

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,15 +15,15 @@ from irtune.config.batch_size import longest_micro_batch
 from irtune.config.declarations import adapter_kinds, methods
 from irtune.engine.recompute import Recompute
 from irtune.errors import ConfigError
-from irtune.memory.labels import planned_labels, planned_tokenizer
 from irtune.memory.meta_attention import stand_in, traceable
 from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
-from irtune.models.kernels import install_cpu_kernels
+from irtune.models.classifier import load_tokenizer
 from irtune.models.skeleton import empty_classifier
 from irtune.selection.registry import build_chooser, largest_selection
 
+LABELS = 5  # where neither the corpus nor data.labels names them: a few rows of the head more or less
 EVALUATION_ROWS = 2  # an evaluation batch, in micro-batches, as the trainer has it
 
 
@@ -87,14 +89,18 @@ def count(
     kind = adapter_kinds()[adapter.type]
     if kind.attention not in ("", wanted):
         raise ConfigError(f"adapter.type {adapter.type} needs model.attn_implementation {kind.attention}, not {wanted}")
-    names, assumed = planned_labels(config, labels)
+    given = config.data.labels
+    names = list(labels) or list(dict.fromkeys(given.values() if isinstance(given, dict) else given or ()))
+    assumed = () if names else (f"{LABELS} labels, since the corpus is not read; data.labels can name them",)
+    names = names or [f"label {number}" for number in range(LABELS)]
     attention = stand_in(wanted, DTYPES[config.model.dtype], device)
     model, anatomy = empty_classifier(config.model, names, attention)
-    if device == "cpu":
-        install_cpu_kernels(model, compiled=config.model.compile)
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
-    tokenizer, unknown = planned_tokenizer(config, names)
+    # L-Tuning trains on the tokens of the labels; for other types, nothing of a tokenizer matters.
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, cls_token_id=None)
+    if kind.reads_labels:
+        tokenizer = load_tokenizer(config.model)
     if kind.shapes_of:  # its first values come from weights that are not here
         adapter = dataclasses.replace(adapter, type=kind.shapes_of)
     with torch.device("meta"), traceable(model):
@@ -115,7 +121,7 @@ def count(
         weight_bytes=DTYPES[config.model.dtype].itemsize,
         trained_bytes=table.head[0][1].element_size(),
         device=device,
-        assumed=(*assumed, *unknown) if kind.reads_labels else (),
+        assumed=assumed,
         **_steps(config, network, table, chosen, slope),
     )
 

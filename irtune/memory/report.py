@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from irtune.config import Config
-from irtune.errors import IrtuneError
-from irtune.memory.count import Parts
-from irtune.memory.count_cache import kept_count
+from irtune.errors import IrtuneError, one_line
+from irtune.memory.count import Parts, count
 from irtune.memory.estimate import Estimate, estimate
 from irtune.memory.measure import host_memory_bytes
 
@@ -53,7 +52,7 @@ def estimate_memory(
     zero = settings.get("zero_optimization", {})
 
     def planned(slope: bool) -> MemoryEstimate:
-        parts = kept_count(config, device=device, labels=labels, slope=slope)
+        parts = count(config, device=device, labels=labels, slope=slope)
         return MemoryEstimate(
             parts,
             estimate(
@@ -76,7 +75,7 @@ def estimate_memory(
     except IrtuneError as error:
         reason = str(error)
     except Exception as error:  # models bring their own code, which may look at values that are not there
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
     log.warning("no memory plan: %s cannot be counted without weights (%s)", config.model.name_or_path, reason)
     return None
 

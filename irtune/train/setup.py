@@ -14,10 +14,9 @@ from irtune.config import Config, write_config
 from irtune.config.batch_size import with_accumulation
 from irtune.config.declarations import adapter_kinds, implementation, methods
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.data import Corpus, Encoder, TokenCache, build_sampler, corpus_digest, read_corpus, total_steps
-from irtune.data.token_cache import Encoded
-from irtune.distributed import environment, runtime
+from irtune.data import Corpus, Encoded, Encoder, build_sampler, corpus_digest, read_corpus, total_steps
 from irtune.distributed import node_checks as nodes
+from irtune.distributed import runtime
 from irtune.distributed.partitioned import whole
 from irtune.distributed.runtime import World
 from irtune.engine.deepspeed_private import unknown_zero_keys
@@ -106,13 +105,9 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
         _check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
-        cache = TokenCache(environment.cache_folder() / "tokens", encoder, digest)
-        # Once per node: the others find it done when they have met the first at the end of this block.
-        early = world.local_rank == 0 or not cache.is_usable()
-        encoded = cache.load_or_encode(corpus) if early else {}
-    nodes.check_equal({"the tokenizer with its prompt": cache.key})
+    nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})
     with runtime.shared_errors():
-        data = _training_data(config, corpus, encoded or cache.load_or_encode(corpus), classifier, world)
+        data = _training_data(config, corpus, encoder.encode_corpus(corpus), classifier, world)
         projections, ratios = _score_constants(config, classifier)  # before adapters wrap the modules
         module, table = add_adapters(classifier, config.adapter)
         traits = adapter_traits(config.adapter)

@@ -16,6 +16,7 @@ from irtune.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimC
 from irtune.config.presets import MODELS
 from irtune.distributed import runtime
 from irtune.engine.recompute import Recompute
+from irtune.errors import ModelError
 from irtune.memory import compare, count, describe, estimate, estimate_memory, shortage, state_bytes, worst_selection
 from irtune.memory.measure import LiveTensors, host_memory_bytes
 from irtune.models import load_classifier
@@ -269,37 +270,50 @@ def unseen(monkeypatch):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("kind", [*KINDS, "pissa", "rslora"])
-def test_every_adapter_type_can_be_planned_for_a_model_that_is_not_here(unseen, kind, capsys):
+@pytest.mark.parametrize("kind", [*(kind for kind in KINDS if not kind.startswith("ltuning")), "pissa", "rslora"])
+def test_every_adapter_type_but_l_tuning_can_be_planned_for_a_model_that_is_not_here(unseen, kind, capsys):
     arguments = ["plan", "--model.name_or_path", unseen, "--adapter.type", kind, "--data.max_length=32"]
     assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert ("assumed: the tokenizer is not read" in printed) == kind.startswith("ltuning")
-    assert ("assumed: the corpus is not read: 5 labels" in printed) == kind.startswith("ltuning")
+    assert "assumed: 5 labels, since the corpus is not read" in capsys.readouterr().out
 
 
 @pytest.mark.quick
-def test_unknown_tokens_of_labels_are_bounded_from_above(unseen, llama):
-    """A label takes part with its tokens: one per byte is never too few."""
-    known = count(config_for(llama, "ltuning-prompt"), [], slope=False)
-    assert not known.assumed
-    config = config_for(unseen, "ltuning-prompt")
-    (sentence,) = count(config, [], slope=False).assumed  # only of the tokenizer: the labels are named
-    assert "4 at most" in sentence  # b c: 3 bytes
-    config.data.labels = {"x": "long label", "y": "long label", "z": "d"}
-    assert "11 at most" in count(config, [], slope=False).assumed[0]
+def test_l_tuning_is_planned_with_the_tokens_of_the_labels(llama, tmp_path):
+    """Memory of the virtual tokens' layers grows with them, so a tokenizer that is not here is an error."""
+    config = config_for(llama, "ltuning-prompt")
+    short = count(config, [], slope=False)
+    config.data.labels = [f"{label} of many words and many more" for label in LABELS]
+    assert count(config, [], slope=False).peak > short.peak
+    config.model.name_or_path = str(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="nowhere"):
+        count(config, [], slope=False)
+
+
+@pytest.mark.quick
+def test_labels_are_counted_where_they_are_known(llama):
+    config = config_for(llama)
+    rows = {"in data.labels": sum(count(config, slope=False).head) // 32}  # a head of 32 numbers per label
+    assert count(config, slope=False).assumed == ()
+    config.data.labels = {"x": "long label", "y": "long label", "z": "d"}  # old names to new ones
+    rows["renamed"] = sum(count(config, slope=False).head) // 32
+    config.data.labels = None
+    rows["nowhere"] = sum(count(config, slope=False).head) // 32
+    rows["of the corpus"] = sum(count(config, labels=["a", "b", "c", "d"], slope=False).head) // 32
+    assert rows == {"in data.labels": 3, "renamed": 2, "nowhere": 5, "of the corpus": 4}
 
 
 @pytest.mark.quick
 def test_mistakes_are_reported_together(unseen, capsys):
     assert main(["plan", "--gpus", "0", "--zero", "5", "--gpu-memory", "much"]) == 2
     said = capsys.readouterr().err
-    assert all(part in said for part in ("--gpus is '0'", "--zero is '5'", "--gpu-memory is 'much'", "80GiB"))
+    assert all(part in said for part in ("--gpus: '0'", "--zero: '5'", "--gpu-memory: 'much'", "80GiB", "3 errors"))
     model = ["plan", "--model.name_or_path", unseen]
     assert main([*model, "--tuning.method=fixed", "--tuning.layers=40"]) == 2
     assert "'40' is outside the layers 0 to 1" in capsys.readouterr().err
     assert main([*model, "--adapter.type", "prefix", "--model.attn_implementation", "eager"]) == 2
     assert "needs model.attn_implementation sdpa, not eager" in capsys.readouterr().err
+    assert main([*model, "--gpus"]) == 2
+    assert "--gpus: expected one argument" in capsys.readouterr().err
 
 
 @pytest.mark.quick
@@ -355,9 +369,7 @@ def test_a_run_that_cannot_fit_is_told_so_with_what_to_change(llama):
 
 
 @pytest.mark.quick
-def test_a_model_that_cannot_be_planned_is_no_reason_not_to_run(llama, monkeypatch, caplog, tmp_path):
-    monkeypatch.setenv("IRTUNE_CACHE", str(tmp_path))  # where nothing was counted before
-
+def test_a_model_that_cannot_be_planned_is_no_reason_not_to_run(llama, monkeypatch, caplog):
     def needs_values(*_, **__):
         return bool(torch.ones(1, device="meta"))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from irtune.commands.compare.grid import Cell
 from irtune.errors import ConfigError
+from irtune.files import write_json
 
 RECORD = "compare.json"
 ERROR_LINES = 3
@@ -47,7 +48,7 @@ def run_cell(cell: Cell, ranks: int) -> Outcome:
     if finished is not None:
         return Outcome(cell, finished)
     cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / RECORD).write_text(json.dumps(list(cell.arguments)), encoding="utf-8")
+    write_json(cell.folder / RECORD, list(cell.arguments))
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *launcher, "irtune", "train", *cell.arguments]
     output = cell.folder / "output.log"

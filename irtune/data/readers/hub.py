@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from irtune.data.readers.cells import Columns, Row, check_names
-from irtune.errors import DataError
+from irtune.errors import DataError, one_line
 from irtune.redaction import redact
 
 
@@ -19,9 +19,8 @@ def hub_splits(name: str) -> dict[str, Any]:
     try:
         return dict(datasets.load_dataset(name))
     except Exception as error:  # the hub client raises many kinds: no such id, no network, no access
-        reason = redact(" ".join(str(error).split()))[:200]
         raise DataError(
-            f"{redact(name)!r} is neither a file, a folder nor a hub dataset that can be reached: {reason}"
+            f"{redact(name)!r} is neither a file, a folder nor a hub dataset that can be reached: {one_line(error)}"
         ) from error
 
 
@@ -43,7 +42,6 @@ def hub_rows(part: Any, label: str, where: str, columns: Columns) -> Iterator[tu
                 row[label] = classes[value]
             yield number, row
     except Exception as error:  # decoding raises whatever its library raises
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{where}, row {number + 1}: cannot be decoded: {reason}") from error
+        raise DataError(f"{where}, row {number + 1}: cannot be decoded: {one_line(error)}") from error
     if number == 0:
         raise DataError(f"{where} has no rows")

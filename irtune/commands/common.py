@@ -18,15 +18,19 @@ from irtune.redaction import redact
 TIMEOUT_SECONDS = 1800
 
 
+class _OptionsError(ConfigError):
+    place = "the options"
+
+
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are a `ConfigError`, as in a configuration: all wrong values at once."""
+    """Raises a `ConfigError` for mistakes: for all wrong values at once."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The options, and what is left of `args`."""
         self._problems: list[str] = []
         found = super().parse_known_args(args, namespace)
         if self._problems:
-            raise ConfigError(self._problems)
+            raise _OptionsError(self._problems)
         return found
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -38,11 +42,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """One mistake, in one sentence."""
-        raise ConfigError(f"{message.removeprefix('argument ')} ({self.prog} --help says more)")
+        raise _OptionsError(f"{message.removeprefix('argument ')} ({self.prog} --help says more)")
 
 
 def parser(name: str, description: str, example: str, *, trainer: bool = False) -> argparse.ArgumentParser:
-    """A parser whose --help ends with an example; with `trainer`, options of the trainer may stand beside its own."""
+    """A parser whose --help ends with an example; with `trainer`, options of the trainer may follow."""
     if trainer:
         description += " Options of the trainer (--config FILE, --section.key VALUE) may follow."
     return _Parser(

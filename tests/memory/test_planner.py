@@ -306,7 +306,10 @@ def test_labels_are_counted_where_they_are_known(llama):
 def test_mistakes_are_reported_together(unseen, capsys):
     assert main(["plan", "--gpus", "0", "--zero", "5", "--gpu-memory", "much"]) == 2
     said = capsys.readouterr().err
-    assert all(part in said for part in ("--gpus: '0'", "--zero: '5'", "--gpu-memory: 'much'", "80GiB", "3 errors"))
+    assert all(
+        part in said
+        for part in ("--gpus: '0'", "--zero: '5'", "--gpu-memory: 'much'", "80GiB", "3 errors in the options")
+    )
     model = ["plan", "--model.name_or_path", unseen]
     assert main([*model, "--tuning.method=fixed", "--tuning.layers=40"]) == 2
     assert "'40' is outside the layers 0 to 1" in capsys.readouterr().err

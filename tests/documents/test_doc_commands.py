@@ -1,5 +1,5 @@
-"""Every command of README.md, CONTRIBUTING.md, docs/ and benchmarks/ is run here on a tiny model and corpus, or says what it needs,
-or is run by a test that is named here. No command escapes: one of an unknown kind fails.
+"""Every command of README.md, CONTRIBUTING.md, docs/ and benchmarks/ is run here on a tiny model and corpus, or says
+what it needs, or is run by a test that is named here. No command escapes: one of an unknown kind fails.
 
 A command is a line of a shell block, or an indented line that starts with the name of a program. What it needs stands
 in its comment (`# needs a GPU`, `# needs a hub`) or in the paragraph before its block.

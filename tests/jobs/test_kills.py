@@ -1,6 +1,6 @@
 """kill -9 at random moments, inside of saves too: the run goes on as if nothing had happened.
 
-IRTUNE_KILLS sets how often per stage (10 for the table in docs/reliability.md). Each falls into a run of its own.
+IRTUNE_KILLS sets how often per stage (10 for the table in docs/launching.md). Each falls into a run of its own.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """A long run that selects at every step: memory, files and threads of each process stay what they were.
 
-IRTUNE_SOAK_STEPS sets its length (2000 for the figures in docs/reliability.md).
+IRTUNE_SOAK_STEPS sets its length (2000 for the figures in docs/launching.md).
 """
 
 import math

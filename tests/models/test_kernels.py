@@ -70,12 +70,12 @@ def _compiled(model, dtype, backend):
     return losses, weights, graphs
 
 
-# mixed: a bf16 base, whose attention and norms are irtune's own. aot_eager: the graphs without a C++ compiler, which
+# mixed: a bf16 base, whose attention and norms are irtune's own. eager: the same graphs, not compiled further, which
 # takes most of a minute.
 @pytest.mark.parametrize(
     ("dtype", "near", "backend"),
     [
-        ("float32", 1, "aot_eager"),
+        ("float32", 1, "eager"),
         pytest.param("float32", 1, "inductor", marks=pytest.mark.slow),
         pytest.param("mixed", 1000, "inductor", marks=pytest.mark.slow),
     ],

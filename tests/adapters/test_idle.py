@@ -37,7 +37,9 @@ def _run(model, stage, dtype, awake, adapter):
     return {"losses": losses, "scores": found, "weights": weights, "logits": logits, "idle": idle}
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "mixed"), (2, "float32"), (3, "mixed")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "mixed"), (2, "float32"), pytest.param(3, "mixed", marks=pytest.mark.slow)]
+)
 def test_what_is_left_out_changes_no_bit(stage, dtype, tmp_path):
     model = tiny.save_model(tmp_path / "model")
     short, whole = (run_ranks(_run, 2, model, stage, dtype, awake, {})[0] for awake in (False, True))

@@ -62,7 +62,7 @@ def test_a_closed_line_lets_nobody_wait():
 
 
 def watch(store, rank, **options):
-    return Watch(store, rank, 2, timeout=8, **options)
+    return Watch(store, rank, 2, timeout=4, **options)
 
 
 def test_a_silent_rank_is_named_in_time_and_told_to_the_main_thread():

@@ -336,7 +336,16 @@ RUN: dict[str, Callable[[Workshop, str], None]] = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.text[:60]}")
+def marks(command: Command) -> list[pytest.MarkDecorator]:
+    """Whatever starts a launcher or TensorBoard by itself takes its time."""
+    return [pytest.mark.slow] if re.search(r"bash launch/(local|tensorboard)\.sh ", command.text) else []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=marks(command)) for command in COMMANDS],
+    ids=lambda command: f"{command.page}: {command.text[:60]}",
+)
 def test_every_command_runs(command, request, tmp_path):
     text = command.text
     runner = next((run for pattern, run in RUN.items() if re.match(pattern, text)), None)

@@ -184,6 +184,7 @@ def test_all_types_and_scores_find_the_whole_model_in_its_shares(request, kind):
             assert (own > 0) == (name not in ("prompt", "ltuning-prompt")), name
 
 
+@pytest.mark.slow
 def test_memory_while_adapters_are_put_in_stays_near_the_share(large):
     """One type of each way to need weights: read, taken apart, run, trained themselves."""
     cases = {

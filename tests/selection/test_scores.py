@@ -85,7 +85,7 @@ def test_reference_score_is_the_mean_over_ranks(llama):
     assert two[0][0] != pytest.approx(two[0][1]["reference"], rel=1e-3)  # not the score of the averaged gradient
 
 
-@pytest.mark.parametrize("kind", ["rms", "global"])
+@pytest.mark.parametrize("kind", ["rms", pytest.param("global", marks=pytest.mark.slow)])
 def test_stages_give_the_same_scores(llama, kind):
     zero, three = (run_ranks(score_a_step, 2, llama, stage, kind, 2, False)[0] for stage in (0, 3))
     assert three[0] == pytest.approx(zero[0], rel=1e-4)

@@ -84,7 +84,7 @@ def test_stages_agree(llama, corpus, base, tmp_path, stage):
     assert losses(folder) == pytest.approx(losses(base), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_other_architectures_agree_over_splits_and_stages(request, corpus, tmp_path, kind):
     model = request.getfixturevalue(kind)
     folders = []
@@ -236,13 +236,13 @@ def test_every_step_is_made_in_training_mode(llama, corpus, tmp_path, method):
     assert run_ranks(training_modes, 1, config) == [(None, [True] * 4)]  # from_pretrained gives a model to evaluate
 
 
-def test_checkpointing_changes_memory_and_nothing_else(llama, corpus, base, tmp_path):
-    for stage in (2, 3):
-        config = tiny_config(llama, corpus, tmp_path / f"run{stage}", stage, optim__gradient_accumulation_steps=2,
-                             model__gradient_checkpointing="true")  # fmt: skip
-        folder = launch(config, 2)
-        assert selections(folder) == selections(base)
-        assert losses(folder) == pytest.approx(losses(base), rel=1e-4)
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_checkpointing_changes_memory_and_nothing_else(llama, corpus, base, tmp_path, stage):
+    config = tiny_config(llama, corpus, tmp_path / "run", stage, optim__gradient_accumulation_steps=2,
+                         model__gradient_checkpointing="true")  # fmt: skip
+    folder = launch(config, 2)
+    assert selections(folder) == selections(base)
+    assert losses(folder) == pytest.approx(losses(base), rel=1e-4)
 
 
 @pytest.mark.parametrize(

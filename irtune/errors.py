@@ -8,6 +8,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+from irtune.redaction import redact
+
 
 class IrtuneError(Exception):
     """Base of all errors whose cause is outside the code: configuration, data, files, machines."""
@@ -70,14 +72,15 @@ class TrainingError(IrtuneError):
 
 
 _SHORT = reprlib.Repr()
-
-
 _SHORT.maxstring = _SHORT.maxother = 120
-
-
 _SHORT.maxlist = _SHORT.maxdict = 8
 
 
 def brief(value: Any) -> str:
     """`repr` of a value of any size, in one line."""
     return _SHORT.repr(value[:200] if isinstance(value, bytes) else value)
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What another library's error says, without passwords, in one line of at most `most` characters."""
+    return redact(" ".join(str(error).split()))[:most]

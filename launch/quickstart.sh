@@ -26,5 +26,5 @@ ranks=2
 [[ $gpus == 1 ]] && ranks=1
 say "IR-Tuning on $ranks rank(s) under ZeRO 2"
 deepspeed --num_gpus "$ranks" "$ROOT/train.py" --config "$ROOT/launch/recipes/quickstart.yaml" \
-    --model.name_or_path "$MODEL" --data.path "$corpus" "${columns[@]}" \
+    --model.name_or_path "$MODEL_FOLDER" --data.path "$corpus" "${columns[@]}" \
     --run.output_dir "$ROOT/runs/quickstart-$(basename "$corpus")" "$@"

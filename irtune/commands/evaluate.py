@@ -13,7 +13,7 @@ from irtune.distributed import runtime
 from irtune.evaluation.bootstrap import intervals
 from irtune.evaluation.metrics import Predictions, metrics
 from irtune.evaluation.saved_run import LoadedRun, load_run
-from irtune.files import to_json, writing
+from irtune.files import replacing, write_json, writing
 from irtune.tracking.pictures import confusion_map
 
 MISTAKES = 20
@@ -47,8 +47,9 @@ def main(arguments: Sequence[str]) -> int:
             folder = given.output_dir or given.run / f"evaluation_{given.split}"
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "evaluation.json").write_text(to_json(found, indent=2) + "\n", encoding="utf-8")
-                confusion_map(found["confusion_matrix"], run.labels).savefig(folder / "confusion_matrix.png", dpi=120)
+                write_json(folder / "evaluation.json", found)
+                with replacing(folder / "confusion_matrix.png") as scratch:
+                    confusion_map(found["confusion_matrix"], run.labels).savefig(scratch, dpi=120)
             show_json(found) if given.json else show(_text(found, run.labels, folder))
     return 0
 

@@ -25,7 +25,7 @@ from irtune.evaluation.saved_run import (
     load_run,
     read_run,
 )
-from irtune.files import write_json, writing
+from irtune.files import replacing, write_json, writing
 from irtune.models.classifier import load_tokenizer
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
@@ -53,15 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     read_run(source)  # a run, and finished?
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise ConfigError(f"--to {str(target)!r} is there already and not empty; accepted: a new folder")
-    scratch = target.with_name(f".{target.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        with writing(target):
-            scratch.mkdir(parents=True)
-            (_merged if given.merge else _adapter)(source, scratch, trusted(given))
-            scratch.replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with writing(target), replacing(target) as scratch:
+        scratch.mkdir(parents=True)
+        (_merged if given.merge else _adapter)(source, scratch, trusted(given))
     show(f"written to {target}")
     return 0
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from irtune.commands.common import a_path, add_json, parser, show, show_json, table
 from irtune.errors import RunError, brief
-from irtune.files import writing
+from irtune.files import replacing, writing
 from irtune.tracking.pictures import arrays, rgb, row, score_map, trained_map
 
 BAR = 24
@@ -33,8 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     if given.json:
         show_json(found)
         return 0
-    with writing(folder / "layers.png"):
-        Image.fromarray(picture(read_selections(folder), found["steps"])).save(folder / "layers.png")
+    target = folder / "layers.png"
+    with writing(target), replacing(target) as scratch:
+        Image.fromarray(picture(read_selections(folder), found["steps"])).save(scratch)
     show(_text(found, folder))
     return 0
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from irtune.config import Config
+from irtune.config.declarations import adapter_kinds
 from irtune.data import Encoder, Example
 
-PEFT_TYPES = ("lora", "dora", "rslora", "pissa")
 PAIRS = (("He go to school every day.", "He goes to school every day."), ("", "A sentence was added here."))
 FOLDER = "THIS_FOLDER"  # stands for the export's own folder in the code
 
@@ -16,7 +16,7 @@ FOLDER = "THIS_FOLDER"  # stands for the export's own folder in the code
 def model_card(config: Config, results: dict[str, Any], encoder: Encoder, *, merged: bool) -> str:
     """The text of README.md."""
     labels = list(results["dev"]["per_class"])
-    base, peft = config.model.name_or_path, config.adapter.type in PEFT_TYPES
+    base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format
     plain = (merged or peft) and _is_simple(encoder)
     code = _transformers_code(config, labels, encoder, merged=merged) if plain else _irtune_code(config)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))

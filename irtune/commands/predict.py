@@ -14,7 +14,7 @@ from irtune.data import Example, NumberedRows, parse_json_lines, read_table
 from irtune.data.readers.cells import as_text, listed
 from irtune.errors import ConfigError, DataError
 from irtune.evaluation.saved_run import LoadedRun, load_run
-from irtune.files import to_json, writing
+from irtune.files import to_json, write_text, writing
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
@@ -118,14 +118,22 @@ def _write(target: Path | None, rows: NumberedRows, probabilities: list[list[flo
         if target is None:
             sys.stdout.writelines(lines)
             return
-        _replace(target, "".join(lines))
-        return
-    header = [*names, *(f"{name}{suffix}" for name in new)]
+        text = "".join(lines)
+    else:
+        header = [*names, *(f"{name}{suffix}" for name in new)]
+        text = _table(header, records, "\t" if target.suffix.lower() == ".tsv" else ",")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
+
+
+def _table(header: list[str], records: list[dict[str, Any]], delimiter: str) -> str:
+    """Columns of the input, then the prediction, then a column for each label."""
     text = io.StringIO(newline="")
-    writer: Any = csv.DictWriter(text, header, delimiter="\t" if target.suffix.lower() == ".tsv" else ",")
+    writer: Any = csv.DictWriter(text, header, delimiter=delimiter)
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in record.items()} for record in records)
-    _replace(target, text.getvalue())
+    return text.getvalue()
 
 
 def free_suffix(new: Sequence[str], taken: Collection[str]) -> str:
@@ -142,11 +150,3 @@ def _cell(value: Any) -> Any:
     if isinstance(value, list | dict):
         return to_json(value)
     return "" if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(target: Path, text: str) -> None:
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}")
-        scratch.write_text(text, encoding="utf-8", newline="")
-        scratch.replace(target)

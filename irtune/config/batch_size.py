@@ -32,13 +32,13 @@ def accumulation(optim: OptimConfig, ranks: int) -> tuple[int, list[str]]:
     return steps, []
 
 
-def rows_at_once(config: Config) -> int:
+def longest_micro_batch(config: Config) -> int:
     """Examples of the longest input, data.max_length tokens, in one micro-batch; rounded up where tokens fill it."""
     tokens = config.optim.micro_batch_tokens
     return config.optim.micro_batch_size if tokens is None else -(-tokens // config.data.max_length)
 
 
-def for_ranks(config: Config, ranks: int) -> Config:
+def with_accumulation(config: Config, ranks: int) -> Config:
     """`config` with the accumulation steps of a job of `ranks` ranks; as it is where there is a problem."""
     steps, _ = accumulation(config.optim, ranks)
     if steps == config.optim.gradient_accumulation_steps:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from irtune.config.batch_size import accumulation, for_ranks
+from irtune.config.batch_size import accumulation, with_accumulation
 from irtune.config.checks import check_compile, check_sharding
 from irtune.config.schema import Config
 from irtune.errors import brief
@@ -67,7 +67,7 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
         return {}, problems
     if world_size is not None:
         problems += accumulation(config.optim, world_size)[1]
-        config = for_ranks(config, world_size)
+        config = with_accumulation(config, world_size)
     for key, (option, value) in _decided(config, world_size).items():
         given = _get(settings, key)
         if given not in (None, "auto", value):

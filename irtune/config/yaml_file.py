@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from irtune.errors import one_line
+
 MAX_BYTES = 2**18  # recipes have some 2,000; PyYAML reads about 100,000 a second
 MAX_VALUES = 20_000  # with every alias written out; a long text counts as one for each 256 characters
 
@@ -27,7 +29,7 @@ def read_recipe(file: str, problems: list[str]) -> Any:
         try:
             return parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
-            problems.append(f"{file!r} is not valid YAML: {' '.join(str(error).split())[:300]}")
+            problems.append(f"{file!r} is not valid YAML: {one_line(error)}")
         except RecursionError:
             problems.append(f"{file!r} is not valid YAML: its lists are nested too deeply")
     return {}

@@ -1,6 +1,6 @@
 """Which examples make up which micro-batch, and the tensors of a micro-batch.
 
-The plan depends on the seed, the lengths, M and the size of a micro-batch only: not on how the M micro-batches of a
+The order depends on the seed, the lengths, M and the size of a micro-batch only: not on how the M micro-batches of a
 step are spread over ranks and accumulation steps. So 4 ranks x 1, 2 x 2 and 1 x 4 train on the same micro-batches in
 the same order.
 """
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from irtune.config.schema import Config
+from irtune.config.schema import Config, OptimConfig
 from irtune.errors import ConfigError
 
 
-class BatchPlan:
+class BatchSampler:
     """Order of the training examples, one epoch after the other."""
 
     def __init__(
@@ -27,7 +27,7 @@ class BatchPlan:
         bucket: int = 50,
         tokens: int | None = None,
     ):
-        """Plan steps of `micro_batches` micro-batches (M = ranks x accumulation).
+        """Draw steps of `micro_batches` micro-batches (M = ranks x accumulation).
 
         Args:
             lengths: of the training examples, in tokens.
@@ -141,21 +141,26 @@ class BatchPlan:
         return batches
 
 
-def plan_batches(lengths: Sequence[int], config: Config, micro_batches: int) -> BatchPlan:
-    """The plan of a run with `micro_batches` micro-batches per step, over training examples of `lengths` tokens.
+def build_sampler(encoded: Sequence[dict[str, list[int]]], config: Config, micro_batches: int) -> BatchSampler:
+    """The sampler of a run with `micro_batches` micro-batches per step, over the `encoded` training examples.
 
     Raises:
-        ConfigError: as `BatchPlan`.
+        ConfigError: as `BatchSampler`.
     """
     optim = config.optim
-    return BatchPlan(
-        lengths,
+    return BatchSampler(
+        [len(item["input_ids"]) for item in encoded],
         optim.micro_batch_size,
         micro_batches,
         config.run.seed,
         config.data.length_bucket,
         optim.micro_batch_tokens,
     )
+
+
+def total_steps(optim: OptimConfig, sampler: BatchSampler) -> int:
+    """Optimizer steps of a run: `optim.max_steps`, or as many as make `optim.epochs`."""
+    return optim.max_steps or max(1, round(optim.epochs * sampler.steps_per_epoch))
 
 
 def evaluation_batches(

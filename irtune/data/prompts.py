@@ -1,12 +1,15 @@
 """From a pair of texts to token ids: a template around them that is never cut."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from irtune.config.schema import DataConfig
 from irtune.config.template import template_pieces
-from irtune.data.corpus import Example
+from irtune.data.corpus import Corpus, Example
 from irtune.data.pair_format import pair_format
 from irtune.errors import ConfigError, DataError
 
@@ -17,6 +20,7 @@ INSTRUCTION = (
     "\nAfter: ",
     "\nIntention:",
 )
+Encoded = dict[str, list[dict[str, list[int]]]]  # by split: what `Encoder.encode` makes of each example
 PAIR_SEPARATOR = "\n"  # for tokenizers without a separator of their own
 
 
@@ -104,6 +108,31 @@ class Encoder:
                 types[len(types) - len(self.tail_types) :] = self.tail_types
             encoded["token_type_ids"] = types
         return encoded
+
+    def encode_corpus(self, corpus: Corpus) -> Encoded:
+        """Token ids of every split. A second for 3,000 pairs (benchmarks/README.md): every rank does it for itself.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        return {split: [self.encode(example) for example in examples] for split, examples in corpus.splits.items()}
+
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer and of what is put around its tokens: equal ones make equal token ids."""
+        tokenizer = self.tokenizer
+        found = hashlib.sha256(type(tokenizer).__name__.encode())
+        around = [self.head, self.middle, self.tail, self.budget, self.token_types, self.has_pair]
+        around += [self.tail_types] if self.tail_types is not None else []
+        found.update(json.dumps(around).encode())
+        if tokenizer.is_fast:
+            found.update(tokenizer.backend_tokenizer.to_str().encode())
+            return found.hexdigest()
+        found.update(json.dumps([sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs)]).encode())
+        for name in tokenizer.vocab_files_names:
+            file = getattr(tokenizer, name, None)
+            if isinstance(file, str) and Path(file).is_file():
+                found.update(Path(file).read_bytes())
+        return found.hexdigest()
 
 
 def shorten(before: list[int], after: list[int], budget: int) -> tuple[list[int], list[int]]:

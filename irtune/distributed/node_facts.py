@@ -20,7 +20,7 @@ LISTED = 8  # nodes or options that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class NodeFacts:
     """What must be equal on all nodes, as one rank, or one host before a start, sees it.
 
     node: its name in messages.
@@ -84,7 +84,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def unequal_versions(facts: Sequence[Facts]) -> list[str]:
+def unequal_versions(facts: Sequence[NodeFacts]) -> list[str]:
     """A sentence per package that is not the same everywhere."""
     names = list(dict.fromkeys(name for one in facts for name in one.versions))
     return [
@@ -94,7 +94,7 @@ def unequal_versions(facts: Sequence[Facts]) -> list[str]:
     ]
 
 
-def unequal_options(facts: Sequence[Facts]) -> list[str]:
+def unequal_options(facts: Sequence[NodeFacts]) -> list[str]:
     """A sentence per option that is not the same everywhere; `facts` must carry them."""
     names = list(dict.fromkeys(name for one in facts for name in one.options))
     found = [
@@ -106,7 +106,7 @@ def unequal_options(facts: Sequence[Facts]) -> list[str]:
     return found if more <= 0 else [*found[:LISTED], f"{more} other options differ between nodes as well"]
 
 
-def _by_value(facts: Sequence[Facts], values: Sequence[str]) -> str | None:
+def _by_value(facts: Sequence[NodeFacts], values: Sequence[str]) -> str | None:
     """`4 on node 0 (a), 5 on node 1 (b)`; None where all are equal."""
     nodes: dict[str, dict[str, None]] = defaultdict(dict)
     for one, value in zip(facts, values):
@@ -116,7 +116,7 @@ def _by_value(facts: Sequence[Facts], values: Sequence[str]) -> str | None:
     return ", ".join(f"{value[:100]} on {listed(list(names))}" for value, names in nodes.items())
 
 
-def wrong_count(facts: Sequence[Facts]) -> list[str]:
+def wrong_count(facts: Sequence[NodeFacts]) -> list[str]:
     """A sentence if there are not as many nodes as a launch script was told, or if scripts were told differently."""
     said = _by_value(facts, [one.expected or "not given" for one in facts])
     if said is not None:
@@ -128,7 +128,7 @@ def wrong_count(facts: Sequence[Facts]) -> list[str]:
     return [f"{facts[0].expected} nodes were asked for, but there are {len(nodes)}: {listed(nodes)}"]
 
 
-def clock_difference(facts: Sequence[Facts]) -> str | None:
+def clock_difference(facts: Sequence[NodeFacts]) -> str | None:
     """A sentence for a warning if clocks are further apart than `CLOCK_SECONDS`."""
     first, last = min(facts, key=lambda one: one.clock), max(facts, key=lambda one: one.clock)
     apart = last.clock - first.clock

@@ -19,7 +19,7 @@ from irtune.adapters import load_adapter
 from irtune.config import Config, load_config
 from irtune.config.schema import RISKS
 from irtune.data import Encoder, Example
-from irtune.errors import IrtuneError, RunError, brief
+from irtune.errors import IrtuneError, RunError, brief, one_line
 from irtune.evaluation.metrics import Predictions, predict
 from irtune.files import fingerprint
 from irtune.models import DTYPES, Classifier, load_classifier
@@ -63,7 +63,7 @@ def read_object(file: Path) -> dict[str, Any]:
             raise RunError(f"{file} has more than {MAX_JSON // 2**20} MiB, and is no file of irtune")
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise RunError(f"{file} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise RunError(f"{file} is damaged: it holds a {type(found).__name__}, not an object")
     return found
@@ -142,8 +142,8 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     except IrtuneError:
         raise
     except Exception as error:  # peft and safetensors raise many kinds for files that are damaged or do not fit
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{adapter} does not fit {config.model.name_or_path}: {reason}") from error
+        said = one_line(error)
+        raise RunError(f"{adapter} does not fit {config.model.name_or_path}: {said}") from error
     return LoadedRun(folder, config, results, labels, classifier, model.eval().to(device), encoder, device)
 
 

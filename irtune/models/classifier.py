@@ -21,12 +21,11 @@ from transformers import (
 from irtune.config.schema import ModelConfig
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import make_whole, sharded_loading
-from irtune.errors import ModelError
+from irtune.errors import ModelError, one_line
 from irtune.models import quantization
 from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.models.files import check_files, find_source, without_safetensors
-from irtune.models.kernels import attention_kernel, heed_padding, shorten_on_cpus
-from irtune.redaction import redact
+from irtune.models.kernels import attention_kernel, track_padding
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,9 +108,7 @@ def load_classifier(
             **_quantized_loading(config, settings, device),
         )
     quantization.settle(model)
-    heed_padding(model)
-    if not torch.cuda.is_available():
-        shorten_on_cpus(model, compiled=config.compile)
+    track_padding(model)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name
     anatomy = _checked_anatomy(source, model, info)
@@ -215,7 +212,6 @@ def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
 
 
 def _unusable(source: str, what: str, error: Exception) -> ModelError:
-    reason = redact(" ".join(str(error).split()))
-    if "use_safetensors" in reason:  # transformers' advice is an option that users do not have
+    if "use_safetensors" in str(error):  # transformers' advice is an option that users do not have
         return without_safetensors(source)
-    return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason[:300]}")
+    return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {one_line(error)}")

@@ -8,7 +8,6 @@ keep model.dtype.
 """
 
 import copy
-import logging
 import math
 import re
 from collections.abc import Iterable
@@ -50,7 +49,6 @@ def loading_options(kind: str, dtype: torch.dtype, device: torch.device, kept: I
 
 def settle(model: nn.Module) -> None:
     """Let the quantised modules of a freshly loaded model compute as `Linear4bit` and `Linear8bit` do."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 would note the casts of every product
     # DoRA reads whole weights. peft's way of reading gives wrong ones (see `plain_weight`) and, on CPUs, replaces the
     # module's parameter by a copy without scales and without what ZeRO 3 has noted on it.
     dora.dequantize_module_weight = _module_weight  # type: ignore[assignment]

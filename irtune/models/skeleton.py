@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from irtune.config.schema import ModelConfig
 from irtune.models import DTYPES
@@ -41,21 +41,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def model_settings(config: ModelConfig) -> PretrainedConfig:
-    """The configuration of a model: a preset's from here, another's from its folder or the hub.
+def empty_classifier(config: ModelConfig, labels: Sequence[str], attention: str) -> tuple[Any, Anatomy]:
+    """A sequence classifier on the meta device, without weights, with the attention implementation `attention`.
+
+    The configuration of a preset is from here, another's from its folder or the hub.
 
     Raises:
         ModelError: when there is none.
     """
-    if config.name_or_path in SHAPES:
-        kind, shape = SHAPES[config.name_or_path]
-        return AutoConfig.for_model(kind, **shape)
-    return load_settings(config)
-
-
-def empty_classifier(config: ModelConfig, labels: Sequence[str], attention: str) -> tuple[Any, Anatomy]:
-    """A sequence classifier on the meta device, without weights, with the attention implementation `attention`."""
-    settings = model_settings(config)
+    kind, shape = SHAPES.get(config.name_or_path, ("", {}))
+    settings: Any = AutoConfig.for_model(kind, **shape) if kind else load_settings(config)
     settings.id2label = dict(enumerate(labels))  # says how many there are, too
     settings.label2id = {label: number for number, label in enumerate(labels)}
     settings.pad_token_id = 0

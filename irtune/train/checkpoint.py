@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from irtune.distributed.partitioned import whole, whole_shape
 from irtune.distributed.versions import versions as versions
 from irtune.errors import CheckpointError, OutputError
-from irtune.files import fingerprint, flush, writing
+from irtune.files import fingerprint, flush, write_text, writing
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 MANIFEST = "manifest.json"
@@ -31,10 +31,14 @@ log = logging.getLogger("irtune")
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints. Only rank 0 writes."""
+    """The folder of a run's checkpoints. Only rank 0 writes.
+
+    identity: what a run must have in common with a checkpoint to go on from it, see `resume.run_identity`.
+    """
 
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
+        self.identity: dict[str, Any] = {}
 
     def pointer(self, name: str) -> Path | None:
         """The step folder that `latest` or `best` names, or None."""
@@ -112,10 +116,7 @@ class Checkpoints:
             raise
 
     def _point(self, name: str, target: Path) -> None:
-        scratch = self.folder / f".{name}"
-        scratch.write_text(target.name, encoding="utf-8")
-        flush(scratch)
-        scratch.replace(self.folder / name)
+        write_text(self.folder / name, target.name)
 
     def _prune(self, newest: Path) -> None:
         """Keep the newest `keep_last` and the best. Later steps belong to a run that was gone back from."""

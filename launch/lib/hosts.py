@@ -138,7 +138,7 @@ class Job:
         problems = [answer for answer in answers if isinstance(answer, str)]
         good = {host: answer for host, answer in zip(self.hosts, answers) if isinstance(answer, dict)}
         facts = [
-            node_facts.Facts(node=host, versions=answer["versions"], digest="", clock=answer["clock"],
+            node_facts.NodeFacts(node=host, versions=answer["versions"], digest="", clock=answer["clock"],
                           options=answer["options"])
             for host, answer in good.items()
         ]  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from irtune.config import DataConfig
-from irtune.data import BatchPlan, Encoder, Example, collate, evaluation_batches, read_corpus
+from irtune.data import BatchSampler, Encoder, Example, collate, evaluation_batches, read_corpus
 from irtune.data.prompts import shorten
 from irtune.data.synthetic import INTENTIONS, synthetic_pairs
 from irtune.errors import ConfigError, DataError
@@ -278,7 +278,7 @@ def test_an_example_without_any_token_is_named(llama):
 
 def test_the_plan_does_not_depend_on_the_split_over_ranks():
     lengths = [(7 * i) % 31 + 3 for i in range(101)]
-    plan = BatchPlan(lengths, micro_batch_size=4, micro_batches=4, seed=5)
+    plan = BatchSampler(lengths, micro_batch_size=4, micro_batches=4, seed=5)
     for world, accumulation in ((1, 4), (2, 2), (4, 1)):
         for step in (0, 3, 7):
             mine = [[plan.step(step)[g * world + rank] for g in range(accumulation)] for rank in range(world)]
@@ -288,7 +288,7 @@ def test_the_plan_does_not_depend_on_the_split_over_ranks():
 
 @given(st.lists(st.integers(1, 300), min_size=16, max_size=200), st.integers(0, 5))
 def test_an_epoch_shows_each_example_at_most_once(lengths, seed):
-    plan = BatchPlan(lengths, micro_batch_size=3, micro_batches=2, seed=seed)
+    plan = BatchSampler(lengths, micro_batch_size=3, micro_batches=2, seed=seed)
     for epoch in (0, 1):
         first = epoch * plan.steps_per_epoch
         seen = [i for step in range(first, first + plan.steps_per_epoch) for batch in plan.step(step) for i in batch]
@@ -298,7 +298,7 @@ def test_an_epoch_shows_each_example_at_most_once(lengths, seed):
 
 def test_batches_are_bucketed_by_length():
     lengths = [(i * 37) % 200 + 1 for i in range(1000)]
-    plan = BatchPlan(lengths, micro_batch_size=8, micro_batches=2, seed=0)
+    plan = BatchSampler(lengths, micro_batch_size=8, micro_batches=2, seed=0)
     batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.step(step)]
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     real = sum(lengths[i] for batch in batches for i in batch)
@@ -309,21 +309,21 @@ def test_batches_are_bucketed_by_length():
     st.lists(st.integers(1, 60), min_size=4, max_size=200), st.integers(60, 300), st.integers(1, 4), st.integers(0, 5)
 )
 def test_micro_batches_by_tokens_keep_to_them_and_show_each_example_once(lengths, tokens, micro_batches, seed):
-    plan = BatchPlan(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
+    plan = BatchSampler(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
     steps = [plan.step(step) for step in range(2 * plan.steps_per_epoch + 3)]
     assert all(len(step) == micro_batches and all(step) for step in steps)
     for batch in (batch for step in steps for batch in step):
         assert max(lengths[i] for i in batch) * len(batch) <= tokens
     first = [i for step in steps[: plan.steps_per_epoch] for batch in step for i in batch]
     assert len(first) == len(set(first)) == plan.examples(plan.steps_per_epoch)
-    again = BatchPlan(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
+    again = BatchSampler(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
     order = random.Random(seed).sample(range(len(steps)), len(steps))  # as after a resumption, in any order
     assert [again.step(step) for step in order] == [steps[step] for step in order]
 
 
 def test_micro_batches_by_tokens_are_equal_work():
     lengths = [(i * 37) % 200 + 1 for i in range(2000)]
-    plan = BatchPlan(lengths, 8, micro_batches=4, seed=0, tokens=2048)
+    plan = BatchSampler(lengths, 8, micro_batches=4, seed=0, tokens=2048)
     batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.step(step)]
     padded = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
     assert sorted(padded)[1] > 0.85 * 2048  # but for the last one; with 8 examples each: from 8 to 1,600
@@ -335,7 +335,7 @@ def test_micro_batches_by_tokens_are_equal_work():
 
 def test_in_a_small_corpus_every_example_has_its_turn_and_meets_others():
     lengths = [10 * (i // 5) + 10 for i in range(60)]
-    plan = BatchPlan(lengths, 8, micro_batches=13, seed=0, tokens=240)  # one bucket; fewer than 2 x 13 micro-batches
+    plan = BatchSampler(lengths, 8, micro_batches=13, seed=0, tokens=240)  # one bucket; fewer than 2 x 13 micro-batches
     assert plan.steps_per_epoch == 1
     epochs = [[tuple(batch) for batch in plan.step(step)] for step in range(40)]
     assert {i for epoch in epochs for batch in epoch for i in batch} == set(range(60))
@@ -353,15 +353,15 @@ def test_evaluation_by_tokens_shows_each_example_once(lengths, tokens, world):
 
 
 def test_few_examples_still_make_a_micro_batch_for_each_rank():
-    plan = BatchPlan([5] * 6, 8, micro_batches=4, seed=0, tokens=64)
+    plan = BatchSampler([5] * 6, 8, micro_batches=4, seed=0, tokens=64)
     assert [len(plan.step(step)) for step in range(3)] == [4, 4, 4] and plan.steps_per_epoch == 1
     with pytest.raises(ConfigError, match="4 micro-batches per step are more than the 3 examples"):
-        BatchPlan([5] * 3, 8, micro_batches=4, seed=0, tokens=64)
+        BatchSampler([5] * 3, 8, micro_batches=4, seed=0, tokens=64)
 
 
 def test_a_batch_larger_than_the_corpus_is_refused():
     with pytest.raises(ConfigError, match=r"global batch of 32 examples .* larger than the training split of 31"):
-        BatchPlan([5] * 31, 8, 4, 0)
+        BatchSampler([5] * 31, 8, 4, 0)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 9), st.integers(1, 5))

@@ -12,13 +12,15 @@ import torch
 
 from irtune.distributed import network, node_facts, runtime
 from irtune.distributed import node_checks as nodes
-from irtune.distributed.node_facts import Facts
+from irtune.distributed.node_facts import NodeFacts
 from irtune.errors import DistributedError, NodesError
 from tests.support.ranks import free_port, run_ranks
 from tests.support.runs import train
 from tests.support.tiny import save_corpus, tiny_config
 
-A = Facts(node="node 0 (a)", versions={"torch": "2", "irtune": "1"}, digest="x", clock=100.0, options={"optim.lr": "1"})
+A = NodeFacts(
+    node="node 0 (a)", versions={"torch": "2", "irtune": "1"}, digest="x", clock=100.0, options={"optim.lr": "1"}
+)
 B = dataclasses.replace(A, node="node 1 (b)")
 
 

@@ -115,6 +115,7 @@ esac""",
     assert said.stderr.count("error: ") == 2 and "optim.lr is -1" in said.stderr, "here already, before anyone is asked"
 
 
+@pytest.mark.slow
 def test_two_hosts_train(env, llama, corpus, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")

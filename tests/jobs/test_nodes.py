@@ -21,7 +21,7 @@ from tests.support.runs import launch, losses, records, selections
 from tests.support.tiny import engine_json, tiny_config
 
 REASON = hosts.missing()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")]
 ONLY_WITH_ALL = pytest.mark.skipif(
     variable("IRTUNE_NODES", "") != "all", reason="half a minute more: IRTUNE_NODES is not `all`"
 )

@@ -45,6 +45,22 @@ def test_layers_head_and_output_projection_are_found(kind):
         assert name.endswith(f"{LAST[kind]}.weight")
 
 
+def test_the_list_with_most_parameters_has_the_layers():
+    """Experts are lists too, inside of layers and beside them."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    model = torch.nn.Module()
+    model.adaptors = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+    model.blocks = torch.nn.ModuleList(Layer() for _ in range(3))
+    model.score = torch.nn.Linear(8, 2)
+    anatomy = find_anatomy(model)
+    assert (anatomy.layers, anatomy.num_layers) == ("blocks", 3)
+
+
 def test_adapters_lie_in_every_layer_and_nowhere_else(bert):
     classifier = load_classifier(ModelConfig(name_or_path=str(bert), dtype="float32"), ["a", "b"])
     assert "pooler" not in " ".join(linear_names(classifier.model, classifier.anatomy))

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from irtune.adapters.build import add_adapters
+from irtune.adapters import adapter_traits, add_adapters
 from irtune.config import AdapterConfig, Config, ModelConfig, OptimConfig, load_config
 from irtune.data.synthetic import synthetic_pairs, write_corpus
 from irtune.distributed import runtime
@@ -131,8 +131,8 @@ class Rig:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
-        self.engine = Engine(network, self.table, OptimConfig(weight_decay=options.pop("weight_decay", 0.0)), settings,
-                             **options)  # fmt: skip
+        optim = OptimConfig(weight_decay=options.pop("weight_decay", 0.0))
+        self.engine = Engine(network, self.table, optim, settings, traits=adapter_traits(adapter), **options)
         self.accumulation, self.steps = accumulation, 0
 
     def batch(self, number: int) -> dict[str, torch.Tensor]:
@@ -156,8 +156,10 @@ class Rig:
             total = torch.zeros(())
             for batch in self.mine(self.steps):
                 factor = self.engine.gradient_factor
-                watch = scores.micro_batch(batch["attention_mask"], all_layers=True, factor=factor) if scores else None
-                with watch or contextlib.nullcontext():
+                with contextlib.ExitStack() as watch:
+                    if scores:
+                        watch.enter_context(self.engine.idle.awake())
+                        watch.enter_context(scores.micro_batch(batch["attention_mask"], all_layers=True, factor=factor))
                     total += self.engine.forward_backward(batch)
                 self.engine.step(0.01)
             total = runtime.all_reduce(total) / (self.accumulation * self.world.size)

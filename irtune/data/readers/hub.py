@@ -6,7 +6,7 @@ from typing import Any
 
 from irtune.data.readers.cells import Columns, Row, check_names
 from irtune.data.readers.parquet_xlsx import named_classes
-from irtune.errors import DataError
+from irtune.errors import DataError, one_line
 from irtune.redaction import redact
 
 # How `datasets` lists the configurations of a corpus, when one is missing or unknown.
@@ -30,9 +30,8 @@ def hub_splits(name: str, config: str | None = None) -> dict[str, Any]:
         if known is not None:
             problem = "has several configurations" if config is None else f"has no configuration {config!r}"
             raise DataError(f"{name}: the corpus {problem}; set data.config to one of {known[1][:1000]}") from error
-        reason = said[:200]
         raise DataError(
-            f"{redact(name)!r} is neither a file, a folder nor a hub dataset that can be reached: {reason}"
+            f"{redact(name)!r} is neither a file, a folder nor a hub dataset that can be reached: {one_line(error)}"
         ) from error
 
 
@@ -50,7 +49,6 @@ def hub_rows(part: Any, where: str, columns: Columns) -> Iterator[tuple[int, Row
         for number, row in enumerate(part.select_columns([name for name in part.column_names if name in wanted]), 1):
             yield number, named_classes(row, classes)
     except Exception as error:  # decoding raises whatever its library raises
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{where}, row {number + 1}: cannot be decoded: {reason}") from error
+        raise DataError(f"{where}, row {number + 1}: cannot be decoded: {one_line(error)}") from error
     if number == 0:
         raise DataError(f"{where} has no rows")

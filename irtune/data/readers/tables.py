@@ -12,7 +12,7 @@ from typing import Any
 
 from irtune.data.readers.cells import Columns, Row, check_names, distinct
 from irtune.data.readers.parquet_xlsx import arrow_rows, parquet_rows, xlsx_rows
-from irtune.errors import DataError
+from irtune.errors import DataError, one_line
 from irtune.redaction import redact
 
 NumberedRows = list[tuple[int, Row]]
@@ -55,7 +55,7 @@ def table_rows(path: Path, columns: Columns | None = None, *, part: bool = False
         packed = kind in ("parquet", "xlsx", "arrow")
         raise DataError(f"{path}: a text in it is not UTF-8" if packed else _not_utf8(path)) from error
     except Exception as error:  # pyarrow and openpyxl raise many kinds for a damaged file
-        raise DataError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"{path} cannot be read as {kind}: {one_line(error)}") from error
     if empty and not part:
         raise DataError(f"{path} has no rows")
 

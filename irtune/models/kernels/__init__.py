@@ -10,11 +10,9 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from irtune.models.kernels.attention import CPU_ATTENTION
-from irtune.models.kernels.masks import heed_padding
-from irtune.models.kernels.norms import shorten_norms
-from irtune.models.kernels.rotary import shorten_rotary
+from irtune.models.kernels.masks import track_padding
 
-__all__ = ["add_fused_kernels", "attention_kernel", "compile_layers", "heed_padding", "shorten_on_cpus"]
+__all__ = ["add_fused_kernels", "attention_kernel", "compile_layers", "track_padding"]
 
 log = logging.getLogger("irtune")
 COMBINATIONS = 64  # of what a compiled layer depends on
@@ -33,16 +31,6 @@ def attention_kernel(wanted: str, dtype: torch.dtype) -> str:
         wanted = "sdpa"
     on_cpu = not torch.cuda.is_available()
     return CPU_ATTENTION if on_cpu and wanted == "sdpa" and dtype == torch.bfloat16 else wanted
-
-
-def shorten_on_cpus(model: nn.Module, *, compiled: bool) -> None:
-    """Let a training step in bf16 on CPUs go over memory less often: norms and rotary embeddings, in place.
-
-    Of layers that are `compiled`, norms only: torch.compile cannot see through the other rotation, and fuses its own.
-    """
-    shorten_norms(model)
-    if not compiled:
-        shorten_rotary(model)
 
 
 def add_fused_kernels(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from irtune.commands.common import a_path, add_folder, parser, show, trusted
 from irtune.config.declarations import adapter_kinds
@@ -16,7 +16,9 @@ from irtune.data import Example, collate
 from irtune.errors import ConfigError, RunError
 from irtune.evaluation.saved_run import ADAPTER_FILES, LoadedRun, is_peft_adapter, load_run, read_run
 from irtune.files import replacing, writing
+from irtune.models.pooling import load_head, pooling_of, save_head, usage
 
+HEAD_FILE = "head.safetensors"
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
 PROBES = (
     Example("1", "He go to school every day.", "He goes to school every day.", 0),
@@ -67,10 +69,22 @@ def _merged(source: Path, target: Path, trust: list[str]) -> None:
     elif merged is not run.classifier.model:
         raise RunError(f"adapter.type {config.adapter.type} cannot be merged: it is no change of the base's weights")
     merged.config.torch_dtype = merged.config.dtype = torch.float32
-    merged.save_pretrained(target)
+    pooling = pooling_of(merged)
+    if pooling is None:
+        merged.save_pretrained(target)
+    else:  # plain transformers has no class for it: a body that it loads, and the head beside it
+        getattr(merged, merged.base_model_prefix).save_pretrained(target)
+        save_head(merged, target / HEAD_FILE)
     run.classifier.tokenizer.save_pretrained(target)
-    loaded, info = AutoModelForSequenceClassification.from_pretrained(target, output_loading_info=True)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    kind: Any = AutoModelForSequenceClassification if pooling is None else AutoModel
+    loaded, info = kind.from_pretrained(target, output_loading_info=True)
+    # BERT's own pooler is left out: nothing reads it.
+    missing = {key for key in info["missing_keys"] if pooling is None or not key.startswith("pooler.")}
+    wrong = sorted({*missing, *info["unexpected_keys"]})
+    if pooling is not None:
+        setattr(merged, merged.base_model_prefix, loaded.eval())
+        load_head(merged, target / HEAD_FILE)
+        loaded = merged
     difference = float((_probabilities(run, loaded.eval()) - wanted).abs().max())
     if wrong or difference > TOLERANCE:
         reason = f"{wrong[0]} has no place in the base model" if wrong else f"probabilities differ by {difference:.1e}"
@@ -89,8 +103,11 @@ def _probabilities(run: LoadedRun, model: nn.Module) -> torch.Tensor:
 def model_card(config: Any, results: dict[str, Any], *, merged: bool) -> str:
     """The README of an export: what it is, what it learnt from, how good it is, how to load it."""
     labels = list(results["dev"]["per_class"])
-    base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format
-    if merged:
+    own_head = config.model.pooling != "class"
+    base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format and not own_head
+    if own_head:
+        load = usage(config.model, labels, merged=merged)
+    elif merged:
         load = 'AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER")'
     elif peft:
         load = f'PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("{base}", '
@@ -125,7 +142,8 @@ def model_card(config: Any, results: dict[str, Any], *, merged: bool) -> str:
         "",
         f"{config.data.preset or Path(config.data.path or config.data.train or '').name}: "
         f"{'pairs of texts before and after a revision' if config.data.after else 'single texts'}, at most "
-        f"{config.data.max_length} tokens, prompt `{config.data.prompt}`.",
+        f"{config.data.max_length} tokens, prompt `{config.data.prompt}`."
+        + (f" The class is read by pooling `{config.model.pooling}`." if own_head else ""),
         "",
         "## Metrics",
         "",

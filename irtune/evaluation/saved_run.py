@@ -17,8 +17,9 @@ from torch import nn
 
 from irtune.adapters import load_adapter
 from irtune.config import Config, load_config
+from irtune.config.checks import pools_edits
 from irtune.config.schema import RISKS
-from irtune.data import Encoder, Example
+from irtune.data import Encoder, Example, padded_lengths
 from irtune.errors import IrtuneError, RunError, brief, one_line
 from irtune.evaluation.metrics import Predictions, predict
 from irtune.files import fingerprint
@@ -103,6 +104,7 @@ class LoadedRun:
             batch_size=batch_size,
             pad_token_id=int(self.classifier.tokenizer.pad_token_id),  # type: ignore[arg-type]
             device=self.device,
+            padded=padded_lengths(self.config, self.device),
         )
 
 
@@ -131,7 +133,7 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     classifier = load_classifier(model_config, labels, device)
     if dtype is not None and rounded:  # the weights that the adapter was trained on, in the wanted format
         dequantize(classifier.model, DTYPES[dtype])
-    encoder = Encoder(classifier.tokenizer, config.data, labels)
+    encoder = Encoder(classifier.tokenizer, config.data, labels, edits=pools_edits(config.model))
     try:
         if peft:
             model: nn.Module = PeftModel.from_pretrained(classifier.model, str(folder / "adapter"))  # type: ignore[arg-type]

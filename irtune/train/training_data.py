@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from irtune.data import BatchSampler, Corpus, collate
+from irtune.data.batches import PaddedLengths
 from irtune.distributed import runtime
 from irtune.evaluation.metrics import Predictions, predict
 
@@ -30,8 +31,10 @@ class TrainingData:
         pad_token_id: int,
         device: torch.device,
         seed: int,
+        padded: PaddedLengths | None = None,
     ):
-        """`encoded`: by split, what the encoder makes of each example; `seed`: of dropout."""
+        """`encoded`: by split, what the encoder makes of each example; `seed`: of dropout; `padded`: see `collate`."""
+        self.padded = padded
         self.corpus, self.encoded, self.sampler, self.max_steps = corpus, encoded, sampler, max_steps
         self.pad_token_id, self.device, self.seed = pad_token_id, device, seed
         self.evaluation_batch = EVALUATION_BATCH * sampler.micro_batch_size
@@ -49,7 +52,7 @@ class TrainingData:
         """The training examples at `positions`, as `collate` returns them, with labels."""
         examples, encoded = self.corpus.splits["train"], self.encoded["train"]
         labels = [examples[i].label for i in positions]
-        return collate([encoded[i] for i in positions], self.pad_token_id, labels, self.device)
+        return collate([encoded[i] for i in positions], self.pad_token_id, labels, self.device, self.padded)
 
     def lengths(self, step: int) -> list[list[int]]:
         """Tokens of the examples in each micro-batch of a step, those of all ranks."""
@@ -76,4 +79,5 @@ class TrainingData:
             tokens=self.evaluation_tokens,
             pad_token_id=self.pad_token_id,
             device=self.device,
+            padded=self.padded,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from irtune.commands.common import a_path, add_folder, parser, show, trusted
 from irtune.commands.model_card import model_card
@@ -27,6 +27,7 @@ from irtune.evaluation.saved_run import (
 )
 from irtune.files import replacing, write_json, writing
 from irtune.models.classifier import load_tokenizer
+from irtune.models.pooling import HEAD_FILE, load_head, pooling_of, save_head
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
 PROBES = (
@@ -105,10 +106,22 @@ def _merged(source: Path, target: Path, trust: list[str]) -> None:
     elif merged is not run.classifier.model:
         raise RunError(f"adapter.type {config.adapter.type} cannot be merged: it is no change of the base's weights")
     merged.config.torch_dtype = merged.config.dtype = torch.float32
-    merged.save_pretrained(target)
+    pooling = pooling_of(merged)
+    if pooling is None:
+        merged.save_pretrained(target)
+    else:  # plain transformers has no class for it: a body that it loads, and the head beside it
+        getattr(merged, merged.base_model_prefix).save_pretrained(target)
+        save_head(merged, target / HEAD_FILE)
     run.classifier.tokenizer.save_pretrained(target)
-    loaded, info = AutoModelForSequenceClassification.from_pretrained(target, output_loading_info=True)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    kind: Any = AutoModelForSequenceClassification if pooling is None else AutoModel
+    loaded, info = kind.from_pretrained(target, output_loading_info=True)
+    # BERT's own pooler is left out: nothing reads it.
+    missing = {key for key in info["missing_keys"] if pooling is None or not key.startswith("pooler.")}
+    wrong = sorted({*missing, *info["unexpected_keys"]})
+    if pooling is not None:
+        setattr(merged, merged.base_model_prefix, loaded.eval())
+        load_head(merged, target / HEAD_FILE)
+        loaded = merged
     difference = float((_probabilities(run, loaded.eval()) - wanted).abs().max())
     if wrong or difference > TOLERANCE:
         reason = f"{wrong[0]} has no place in the base model" if wrong else f"probabilities differ by {difference:.1e}"

@@ -1,11 +1,12 @@
 """The README of an export: what the model is, what it learnt from, how good it is, and code that runs it."""
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from irtune.config import Config
+from irtune.config import Config, ModelConfig
 from irtune.config.declarations import adapter_kinds
 from irtune.data import Encoder, Example
 
@@ -16,9 +17,14 @@ FOLDER = "THIS_FOLDER"  # stands for the export's own folder in the code
 def model_card(config: Config, results: dict[str, Any], encoder: Encoder, *, merged: bool) -> str:
     """The text of README.md."""
     labels = list(results["dev"]["per_class"])
-    base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format
-    plain = (merged or peft) and _is_simple(encoder)
-    code = _transformers_code(config, labels, encoder, merged=merged) if plain else _irtune_code(config)
+    pooled = config.model.pooling != "class"
+    base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format and not pooled
+    if pooled and merged and encoder.marks_edits:
+        code = _pooled_code(config.model, labels)
+    elif (merged or peft) and not pooled and _is_simple(encoder):
+        code = _transformers_code(config, labels, encoder, merged=merged)
+    else:
+        code = _irtune_code(config)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     rows = [
         f"| {split} | {values['examples']} | "
@@ -49,7 +55,8 @@ def model_card(config: Config, results: dict[str, Any], encoder: Encoder, *, mer
         "",
         f"{config.data.preset or Path(config.data.path or config.data.train or '').name}: "
         f"{'pairs of texts before and after a revision' if config.data.after else 'single texts'}, at most "
-        f"{config.data.max_length} tokens, {prompt}.",
+        f"{config.data.max_length} tokens, {prompt}."
+        + (f" The class is read by pooling `{config.model.pooling}`." if pooled else ""),
         "",
         "## Metrics",
         "",
@@ -189,3 +196,38 @@ def _irtune_code(config: Config) -> str:
         "for example, row in zip(examples, probabilities):",
         "    print(run.labels[int(row.argmax())], round(float(row.max()), 3), example)",
     ])  # fmt: skip
+
+
+def _pooled_code(config: ModelConfig, labels: Sequence[str]) -> str:
+    """Code that needs transformers only and calls a merged model whose class is read by a pooling."""
+    parts = {
+        "last": "states[-1]",
+        "cls": "states[0]",
+        "mean": "states.mean(0)",
+        "edit": "states[edits if any(edits) else slice(None)].mean(0)",
+    }
+    features = ", ".join(parts[part] for part in config.pooling.split("+"))
+    layers = 'linear(features, head["0.weight"], head["0.bias"])'
+    if config.head == "mlp":
+        layers = f'linear(gelu({layers}), head["2.weight"], head["2.bias"])'
+    finds = r"""re.finditer(r"\[-.*?-\]|\{\+.*?\+\}", text, re.DOTALL)"""
+    return textwrap.dedent(f"""\
+        import re
+
+        import torch
+        from safetensors.torch import load_file
+        from torch.nn.functional import gelu, linear
+        from transformers import AutoModel, AutoTokenizer
+
+        tokenizer, body = AutoTokenizer.from_pretrained("THIS_FOLDER"), AutoModel.from_pretrained("THIS_FOLDER")
+        head = load_file("THIS_FOLDER/head.safetensors")
+        text = "the [-blue-]{{+red+}} house"  # of a pair; irtune.data.diff writes it: render(diff(before, after)).text
+        encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+        places = encoded.pop("offset_mapping")[0].tolist()
+        spans = [found.span() for found in {finds}]
+        edits = [any(a < end and start < b for start, end in spans) for a, b in places]
+        with torch.no_grad():
+            states = body(**encoded).last_hidden_state[0]
+            features = torch.cat([{features}])
+            logits = {layers}
+        print({list(labels)!r}[logits.argmax()])""")

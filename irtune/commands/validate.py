@@ -7,6 +7,7 @@ from typing import Any
 from irtune.commands.common import add_json, at_least, parser, show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch_size import with_accumulation
+from irtune.config.checks import pools_edits
 from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.config.warmup import warmup_length
@@ -18,6 +19,7 @@ from irtune.errors import ConfigError, IrtuneError
 from irtune.memory import describe, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models.classifier import load_tokenizer
+from irtune.models.pooling import check_pooling
 
 SHOWN = 3
 RARE = 20
@@ -56,8 +58,11 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
         _tried(lambda: class_weights(config.optim, corpus.labels), problems)
     tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
     encoder = encoded = sampler = None
+    if tokenizer:
+        _tried(lambda: check_pooling(config.model, tokenizer), problems)
     if corpus and tokenizer:
-        encoder = _tried(lambda: Encoder(tokenizer, config.data, corpus.labels), problems)
+        edits = pools_edits(config.model)
+        encoder = _tried(lambda: Encoder(tokenizer, config.data, corpus.labels, edits=edits), problems)
     if corpus and encoder:
         encoded = _tried(lambda: encoder.encode_corpus(corpus), problems)
     if encoded:
@@ -96,6 +101,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
                 "id": example.id,
                 "label": corpus.labels[example.label],
                 "tokens": len(item["input_ids"]),
+                "edit_tokens": sum(item["edit_mask"]) if "edit_mask" in item else None,
                 "text": tokenizer.decode(item["input_ids"]),
             }
             for example, item in zip(corpus.splits["train"][:SHOWN], encoded["train"])
@@ -148,5 +154,8 @@ def _text(found: dict[str, Any]) -> str:
         *([found["memory_plan"]] if found["memory_plan"] else []),
     ]
     for example in found["first_examples"]:
-        lines += ["", f"--- {example['id']}: {example['label']}, {example['tokens']} tokens", example["text"]]
+        size = f"{example['tokens']} tokens"
+        if example["edit_tokens"] is not None:
+            size += f", {example['edit_tokens']} of them in edits"
+        lines += ["", f"--- {example['id']}: {example['label']}, {size}", example["text"]]
     return "\n".join(lines)

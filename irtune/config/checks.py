@@ -9,11 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from irtune.config.declarations import Declaration, adapter_kinds, methods
-from irtune.config.schema import Config, DataConfig, declared_limit, known_keys, value_of
+from irtune.config.schema import Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
 from irtune.config.template import template_problems
 
 # Keys of zero_optimization by which ZeRO 3 rounds weights that it stores or sends.
 ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+
+
+def pools_edits(model: ModelConfig) -> bool:
+    """Whether the head reads the marked edits, so that it must be told which tokens belong to them."""
+    return "edit" in model.pooling
 
 
 def check_config(config: Config) -> list[str]:
@@ -59,6 +64,10 @@ def _check_data(config: Config) -> list[str]:
         problems.append(f"data.labels names a label twice: {data.labels}")
     if names is not None and len(set(names)) < 2:
         problems.append(f"data.labels has {len(set(names))} label(s); at least 2 are needed: {names}")
+    if data.prompt == "diff" and data.after is None:
+        problems.append("data.prompt diff compares two texts, but data.after is null; use plain, or name the column")
+    if data.context_words is not None and data.prompt != "diff":
+        problems.append(f"data.context_words goes with data.prompt diff, not {data.prompt}; leave it out")
     columns = [column for column in (data.before, data.after, data.label) if column is not None]
     if len(set(columns)) != len(columns):
         problems.append(f"data.before, data.after and data.label must be different columns, not {columns}")
@@ -164,6 +173,15 @@ def _check_model(config: Config) -> list[str]:
     if config.adapter.dtype == "float32" and config.model.dtype == "float16":
         problems.append(
             "adapter.dtype float32 needs model.dtype float32 or bfloat16; with float16 set adapter.dtype to model"
+        )
+    if pools_edits(config.model) and config.data.prompt != "diff":
+        problems.append(
+            f"model.pooling {config.model.pooling} reads the marked edits, and data.prompt {config.data.prompt} marks "
+            "none; set data.prompt to diff, or model.pooling to class, last, cls or mean"
+        )
+    if config.model.head != "linear" and config.model.pooling == "class":
+        problems.append(
+            f"model.head {config.model.head} goes with every model.pooling but class, whose head is the model's own"
         )
     return problems
 

@@ -46,6 +46,14 @@ class ModelConfig:
     base."""
     fused_kernels: bool = False
     """On a GPU, use the fused norm, rotary and feed-forward kernels of the package liger-kernel, if it is installed."""
+    pooling: Literal["class", "last", "cls", "mean", "edit", "mean+edit", "last+edit"] = "class"
+    """Where the classification head reads the text. class: where the model's own sequence classifier does; last: at the
+    last token; cls: at the first, of tokenizers with a classification token; mean: the mean of all tokens; edit: the
+    mean of the tokens of the marked edits, of all tokens where nothing is marked; mean+edit and last+edit: both. Those
+    with edit need data.prompt diff. All but class have a head of irtune's that computes in fp32 and starts at zero, and
+    are saved in irtune's format."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Head of every pooling but class: linear, or mlp with a hidden layer as wide as the model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
@@ -133,9 +141,14 @@ class DataConfig:
     """Global batches whose examples are sorted by length together: less padding. Where labels go with length (an empty
     text), batches then lean to a label; 1 makes every global batch a random one."""
     max_length: Annotated[int, Range(16)] = 256
-    """Longest input in tokens. The longer of the two texts is shortened first; the template is never cut."""
-    prompt: Literal["plain", "instruction", "tagged"] = "tagged"
-    """How a pair is written: plain pair, instruction with the list of labels, or <old>...</old><new>...</new>."""
+    """Longest input in tokens. The longer of the two texts is shortened first, of a diff the unchanged text furthest
+    from the edits; the template is never cut."""
+    prompt: Literal["plain", "instruction", "tagged", "diff"] = "tagged"
+    """How a pair is written: plain pair, instruction with the list of labels, <old>...</old><new>...</new>, or diff:
+    unchanged words once, edits marked at their place, as in `the [-blue-]{+red+} house`."""
+    context_words: Annotated[int | None, Range(0)] = None
+    """With prompt diff, unchanged text further than so many words from every edit is left out. null: all of it stays
+    that fits into max_length."""
     template: str | None = None
     """Your own format instead of prompt: a text, or a file with one, that holds {before} and, for pairs, {after} behind
     it; {labels} is the list of labels, and {{ and }} are braces. A file's text goes into the run's config.yaml."""
@@ -192,6 +205,8 @@ class OptimConfig:
 
     lr: Annotated[float, Range(0.0, above=True)] = 5e-4
     """Peak learning rate of AdamW."""
+    head_lr: Annotated[float, Range(0.0, above=True)] = 1.0
+    """Learning rate of the head, and of what else is outside the layers, as a multiple of lr."""
     weight_decay: Annotated[float, Range(0.0)] = 0.0
     """Decoupled weight decay of the layers that are being trained and the head."""
     betas: Annotated[list[float], BETAS] = field(default_factory=lambda: [0.9, 0.999])

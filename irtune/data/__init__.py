@@ -1,6 +1,13 @@
 """Corpora, prompts and batches."""
 
-from irtune.data.batches import BatchSampler, build_sampler, collate, evaluation_batches, total_steps
+from irtune.data.batches import (
+    BatchSampler,
+    build_sampler,
+    collate,
+    evaluation_batches,
+    padded_lengths,
+    total_steps,
+)
 from irtune.data.corpus import Corpus, Example, corpus_digest, read_corpus, read_split
 from irtune.data.prompts import Encoded, Encoder
 from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
@@ -16,6 +23,7 @@ __all__ = [
     "collate",
     "corpus_digest",
     "evaluation_batches",
+    "padded_lengths",
     "parse_json_lines",
     "read_corpus",
     "read_split",

@@ -32,6 +32,7 @@ from irtune.engine.losses import Loss, cross_entropy
 from irtune.engine.recompute import Recompute
 from irtune.engine.shards import Layout
 from irtune.engine.update import DeviceAdamW, update_on_device
+from irtune.models.pooling import pooling_of
 
 log = logging.getLogger(__name__)
 WEIGHTS = "weights"  # of a batch: how much each example counts in the loss, fp32 [batch]
@@ -166,7 +167,7 @@ class Engine:
         """
         adamw = self.state.adamw
         for group in adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * (self.optim.head_lr if group["layer"] == HEAD else 1.0)
         boundary = self.ds.is_gradient_accumulation_boundary()
         if boundary and self._steps_adamw:
             trained = [parameter for group in adamw.param_groups for parameter in group["params"]]
@@ -307,7 +308,9 @@ class Engine:
                     parameter.data.copy_(tensors[name])
 
     def save_adapter(self, folder: Path, adapter: AdapterConfig, labels: list[str], layers: list[int] | None) -> None:
-        """Write adapters and head to `folder`, in peft's format where peft has the type. Collective; rank 0 writes.
+        """Write adapters and head to `folder`. Collective; rank 0 writes.
+
+        In peft's format where peft has the type and the head is the model's own.
 
         Args:
             folder: where to.
@@ -315,10 +318,11 @@ class Engine:
             labels: names of the classes, recorded in irtune's own format.
             layers: layers to write in irtune's own format; None: all.
         """
-        if not adapter_kinds()[adapter.type].peft_format:
+        pooling = pooling_of(self.module)
+        if pooling is not None or not adapter_kinds()[adapter.type].peft_format:
             tensors = self.trainable(layers)
             if runtime.rank() == 0:
-                write_adapter(folder, tensors, adapter, labels)
+                write_adapter(folder, tensors, adapter, labels, pooling)
             return
         assert isinstance(self.module, PeftModel), f"{adapter.type} is not a model of peft, as it declares"
         with self._whole([parameter for _, parameter in self.table.all()]):

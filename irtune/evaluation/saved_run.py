@@ -17,12 +17,14 @@ from torch import nn
 
 from irtune.adapters import load_adapter
 from irtune.config import Config, load_config
+from irtune.config.checks import pools_edits
 from irtune.config.schema import RISKS
-from irtune.data import Encoder, Example
+from irtune.data import Encoder, Example, padded_lengths
 from irtune.errors import IrtuneError, RunError, brief, one_line
 from irtune.evaluation.metrics import Predictions, predict
 from irtune.files import fingerprint
 from irtune.models import DTYPES, Classifier, load_classifier
+from irtune.models.pooling import HEAD_FILE, load_head, pooling_of
 from irtune.models.quantization import dequantize
 
 
@@ -104,6 +106,7 @@ class LoadedRun:
             batch_size=batch_size,
             pad_token_id=int(self.classifier.tokenizer.pad_token_id),  # type: ignore[arg-type]
             device=self.device,
+            padded=padded_lengths(self.config, self.device),
         )
 
 
@@ -132,13 +135,15 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     classifier = load_classifier(model_config, labels, device)
     if dtype is not None and rounded:  # the weights that the adapter was trained on, in the wanted format
         dequantize(classifier.model, DTYPES[dtype])
-    encoder = Encoder(classifier.tokenizer, config.data, labels)
+    encoder = Encoder(classifier.tokenizer, config.data, labels, edits=pools_edits(config.model))
     model: nn.Module = classifier.model
     try:
         if not merged and peft:
             model = PeftModel.from_pretrained(classifier.model, str(adapter))  # type: ignore[arg-type]
         elif not merged:
             model = load_adapter(classifier, adapter)
+        elif pooling_of(model) is not None:
+            load_head(model, folder / HEAD_FILE)
     except IrtuneError:
         raise
     except Exception as error:  # peft and safetensors raise many kinds for files that are damaged or do not fit

@@ -26,6 +26,7 @@ from irtune.models import quantization
 from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.models.files import check_files, find_source, without_safetensors
 from irtune.models.kernels import attention_kernel, track_padding
+from irtune.models.pooling import add_pooling, check_pooling
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,11 +58,13 @@ def load_classifier(
             it, which a warning says.
 
     Raises:
+        ConfigError: when the tokenizer does not fit `config.pooling`.
         ModelError: when there is no such model, it has no tokenizer, no list of layers can be found in it, its weights
             are not all there, are pickles without `model.allow_pickle`, or are quantised already.
     """
     name, source = str(Path(config.name_or_path).expanduser()), find_source(config)
     tokenizer = load_tokenizer(config)
+    check_pooling(config, tokenizer)
     settings = _load(
         AutoConfig,
         source,
@@ -107,6 +110,7 @@ def load_classifier(
             ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
             **_quantized_loading(config, settings, device),
         )
+    add_pooling(model, config)
     quantization.settle(model)
     track_padding(model)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
@@ -184,7 +188,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:
     """Anatomy of a loaded model whose layers all came from the files."""
     replaced = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    random = set(info["missing_keys"]) | replaced
+    random = (set(info["missing_keys"]) | replaced) & {name for name, _ in model.named_parameters()}
     anatomy = find_anatomy(model, random)
     wrong = sorted(key for key in random if f".{anatomy.layers}." in f".{key}")
     if wrong:

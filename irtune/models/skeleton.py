@@ -10,6 +10,7 @@ from irtune.config.schema import ModelConfig
 from irtune.models import DTYPES
 from irtune.models.anatomy import Anatomy, find_anatomy
 from irtune.models.classifier import load_settings
+from irtune.models.pooling import add_pooling
 
 # Shapes of the presets, from their published config.json files.
 _LLAMA_8B = {
@@ -62,4 +63,5 @@ def empty_classifier(config: ModelConfig, labels: Sequence[str], attention: str)
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
         )
+        add_pooling(model, config)
     return model, find_anatomy(model)

@@ -12,9 +12,19 @@ from torch import nn
 from irtune.adapters import AdapterTraits, LayerTable, Suppression, adapter_traits, add_adapters
 from irtune.config import Config, write_config
 from irtune.config.batch_size import with_accumulation
+from irtune.config.checks import pools_edits
 from irtune.config.declarations import adapter_kinds, implementation, methods
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.data import Corpus, Encoded, Encoder, build_sampler, corpus_digest, read_corpus, total_steps
+from irtune.data import (
+    Corpus,
+    Encoded,
+    Encoder,
+    build_sampler,
+    corpus_digest,
+    padded_lengths,
+    read_corpus,
+    total_steps,
+)
 from irtune.distributed import node_checks as nodes
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import whole
@@ -106,7 +116,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         memory = _estimate_memory(config, settings, world, corpus)
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
         _check_length(config, classifier)
-        encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
+        encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
     nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})
     with runtime.shared_errors():
         data = _training_data(config, corpus, encoder.encode_corpus(corpus), classifier, world)
@@ -162,6 +172,7 @@ def _training_data(
         pad_token_id=classifier.tokenizer.pad_token_id,
         device=world.device,
         seed=config.run.seed,
+        padded=padded_lengths(config, world.device),
     )
 
 

@@ -19,6 +19,7 @@ from irtune.memory.measure import peak_memory_bytes
 from irtune.tracking.records import write_predictions
 from irtune.tracking.tracker import Tracker
 from irtune.train.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, versions
+from irtune.train.collapse import collapse
 from irtune.train.layer_selection import LayerSelection
 from irtune.train.learning_rate import learning_rate
 from irtune.train.nonfinite import find_origin
@@ -249,6 +250,9 @@ class Trainer:
         predictions = self.predict("dev")
         values = metrics(predictions, self.data.corpus.labels)
         self._last = (self.progress.step, predictions)
+        collapsed = collapse(predictions, self.data.corpus.labels, self.config)
+        if collapsed is not None:
+            self.tracker.say(f"step {step}: {collapsed}")
         self.tracker.evaluation(self.progress.step, "dev", values, predictions.labels, predictions.probabilities)
         value = values[self.config.run.best_metric] * (-1 if self.config.run.best_metric == "loss" else 1)
         best = self.progress.best is None or value > self.progress.best

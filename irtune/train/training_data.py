@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from irtune.data import BatchSampler, Corpus, collate
+from irtune.data.batches import PaddedLengths
 from irtune.distributed import runtime
 from irtune.engine.engine import WEIGHTS
 from irtune.evaluation.metrics import Predictions, predict
@@ -31,8 +32,10 @@ class TrainingData:
         pad_token_id: int,
         device: torch.device,
         seed: int,
+        padded: PaddedLengths | None = None,
     ):
-        """`encoded`: by split, what the encoder makes of each example; `seed`: of dropout."""
+        """`encoded`: by split, what the encoder makes of each example; `seed`: of dropout; `padded`: see `collate`."""
+        self.padded = padded
         self.corpus, self.encoded, self.sampler, self.max_steps = corpus, encoded, sampler, max_steps
         self.pad_token_id, self.device, self.seed = pad_token_id, device, seed
         self.weighted = any(example.weight != 1 for example in corpus.splits["train"])
@@ -51,7 +54,7 @@ class TrainingData:
         """The training examples at `positions`, as `collate` returns them, with labels and weights if they have any."""
         examples, encoded = self.corpus.splits["train"], self.encoded["train"]
         labels = [examples[i].label for i in positions]
-        batch = collate([encoded[i] for i in positions], self.pad_token_id, labels, self.device)
+        batch = collate([encoded[i] for i in positions], self.pad_token_id, labels, self.device, self.padded)
         if self.weighted:
             batch[WEIGHTS] = torch.tensor([examples[i].weight for i in positions], device=self.device)
         return batch
@@ -81,4 +84,5 @@ class TrainingData:
             tokens=self.evaluation_tokens,
             pad_token_id=self.pad_token_id,
             device=self.device,
+            padded=self.padded,
         )

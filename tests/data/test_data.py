@@ -7,12 +7,13 @@ from pathlib import Path
 import openpyxl
 import pandas
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from irtune.config import DataConfig
-from irtune.data import BatchSampler, Encoder, Example, collate, evaluation_batches, read_corpus
+from irtune.config import DataConfig, load_config
+from irtune.data import BatchSampler, Encoder, Example, collate, evaluation_batches, padded_lengths, read_corpus
 from irtune.data.prompts import shorten
 from irtune.data.synthetic import INTENTIONS, synthetic_pairs
 from irtune.errors import ConfigError, DataError
@@ -376,6 +377,19 @@ def test_collate_pads_on_the_right():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [1, 0]
+
+
+def test_on_cpus_in_bf16_batches_have_few_lengths():
+    cpu, wanted = torch.device("cpu"), {1: 32, 32: 32, 33: 64, 95: 96, 97: 100, 100: 100}
+    config = load_config(["--data.path=x", "--data.max_length=100"])
+    lengths = padded_lengths(config, cpu)
+    assert {length: lengths.at_least(length) for length in wanted} == wanted
+    batch = collate([{"input_ids": [5] * 33, "edit_mask": [1] * 33}], 9, lengths=lengths)
+    assert batch["input_ids"].shape == (1, 64) and batch["attention_mask"].sum() == batch["edit_mask"].sum() == 33
+    assert batch["attention_mask"].padded
+    assert padded_lengths(config, torch.device("cuda")) is None
+    for other in ("--model.dtype=float32", "--optim.micro_batch_tokens=200"):
+        assert padded_lengths(load_config(["--data.path=x", "--data.max_length=100", other]), cpu) is None
 
 
 def test_the_synthetic_corpus_is_seeded_and_has_five_intentions():

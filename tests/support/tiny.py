@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
     BertModel,
@@ -29,15 +29,15 @@ from irtune.selection.scores import LayerScores
 LAYERS = 6
 
 
-def save_model(folder: Path, kind: str = "llama", layers: int = LAYERS, hidden: int = 32) -> Path:
+def save_model(
+    folder: Path,
+    kind: str = "llama",
+    layers: int = LAYERS,
+    hidden: int = 32,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
     """A randomly initialised model of `layers` layers in fp32, without a head, with a word-level tokenizer."""
-    words = sorted({w for row in synthetic_pairs(200) for w in row["before"].split() + row["after"].split()})
-    vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    tokenizer = tokenizer or _word_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(7)
     size, pad = len(tokenizer), tokenizer.pad_token_id
@@ -62,6 +62,29 @@ def save_model(folder: Path, kind: str = "llama", layers: int = LAYERS, hidden: 
     }  # fmt: skip
     builders[kind]().save_pretrained(folder)
     return folder
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    words = sorted({w for row in synthetic_pairs(200) for w in row["before"].split() + row["after"].split()})
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer as GPT-2's, of single letters and some merged words: no text is unknown to it."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<pad>"]
+    )
+    line = "far near one two three red blue house the end is rest [- -] {+ +} …"
+    raw.train_from_iterator([line] * 50 + [row["before"] for row in synthetic_pairs(100)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
 
 
 def save_corpus(folder: Path, train: int = 64, dev: int = 20, test: int = 15) -> Path:

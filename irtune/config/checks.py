@@ -174,10 +174,11 @@ def _check_model(config: Config) -> list[str]:
         problems.append(
             "adapter.dtype float32 needs model.dtype float32 or bfloat16; with float16 set adapter.dtype to model"
         )
-    if pools_edits(config.model) and config.data.prompt != "diff":
+    if pools_edits(config.model) and (config.data.prompt != "diff" or config.data.template is not None):
+        prompt = f"data.prompt {config.data.prompt}" if config.data.template is None else "data.template"
         problems.append(
-            f"model.pooling {config.model.pooling} reads the marked edits, and data.prompt {config.data.prompt} marks "
-            "none; set data.prompt to diff, or model.pooling to class, last, cls or mean"
+            f"model.pooling {config.model.pooling} reads the marked edits, and {prompt} marks none; set data.prompt to "
+            "diff without a template, or model.pooling to class, last, cls or mean"
         )
     if config.model.head != "linear" and config.model.pooling == "class":
         problems.append(

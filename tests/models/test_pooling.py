@@ -16,7 +16,7 @@ from irtune.adapters.build import add_adapters
 from irtune.commands import export
 from irtune.commands.validate import validate
 from irtune.config import AdapterConfig, DataConfig, ModelConfig, load_config
-from irtune.data import Encoder, collate, read_corpus
+from irtune.data import Encoder, read_corpus
 from irtune.data.diff import diff, render
 from irtune.engine.layer_state import HEAD
 from irtune.errors import CheckpointError, ConfigError
@@ -201,10 +201,11 @@ def test_a_run_is_saved_loaded_merged_and_used_without_irtune(bpe, corpus, tmp_p
     card = (tmp_path / "plain/README.md").read_text()
     space = {}
     exec(code_of(card, tmp_path / "plain"), space)
-    batch = collate([run.encoder.encode(dev[0])], run.classifier.tokenizer.pad_token_id)
-    torch.testing.assert_close(space["model"](**batch).logits, run.model(**batch).logits)
+    torch.testing.assert_close(space["run"].predict(dev, 4).probabilities, probabilities)
 
     assert export.main(["--run", str(tmp_path / "run"), "--to", str(tmp_path / "merged"), "--merge"]) == 0
+    merged = load_run(tmp_path / "merged", torch.device("cpu")).predict(dev, 4).probabilities
+    torch.testing.assert_close(merged, probabilities, atol=1e-4, rtol=0)
     code = code_of((tmp_path / "merged/README.md").read_text(), tmp_path / "merged")
     assert "irtune." not in re.sub("#.*", "", code)
     for example, wanted in zip(dev[:3], probabilities):

@@ -4,6 +4,7 @@ Everything a user can cause is an `IrtuneError`: one clear sentence, the offendi
 line prints it without a traceback. A bug in irtune stays an ordinary exception with its traceback.
 """
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -81,3 +82,14 @@ _SHORT.maxlist = _SHORT.maxdict = 8
 def brief(value: Any) -> str:
     """`repr` of a value of any size, in one line."""
     return _SHORT.repr(value[:200] if isinstance(value, bytes) else value)
+
+
+def whole_sentences(error: object, most: int = 400) -> str:
+    """What a library says, in one line: its first sentences, up to `most` characters or one sentence; never a part."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= most:
+        return text
+    ends = [match.end(1) for match in re.finditer(r"([.!?:;])(?= )", text)]
+    fitting = [end for end in ends if end <= most]
+    end = fitting[-1] if fitting else ends[0] if ends else len(text)
+    return text[:end].rstrip(":;")

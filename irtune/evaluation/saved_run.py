@@ -19,7 +19,7 @@ from irtune.adapters import load_adapter
 from irtune.config import Config, load_config
 from irtune.config.schema import RISKS
 from irtune.data import Encoder, Example
-from irtune.errors import IrtuneError, RunError, brief
+from irtune.errors import IrtuneError, RunError, brief, whole_sentences
 from irtune.evaluation.metrics import Predictions, predict
 from irtune.files import fingerprint
 from irtune.models import DTYPES, Classifier, load_classifier
@@ -62,7 +62,7 @@ def read_object(file: Path) -> dict[str, Any]:
             raise RunError(f"{file} has more than {MAX_JSON // 2**20} MiB, and is no file of irtune")
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise RunError(f"{file} cannot be read: {whole_sentences(error)}") from error
     if not isinstance(found, dict):
         raise RunError(f"{file} is damaged: it holds a {type(found).__name__}, not an object")
     return found
@@ -140,8 +140,9 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     except IrtuneError:
         raise
     except Exception as error:  # peft and safetensors raise many kinds for files that are damaged or do not fit
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{folder / 'adapter'} does not fit {config.model.name_or_path}: {reason}") from error
+        raise RunError(
+            f"{folder / 'adapter'} does not fit {config.model.name_or_path}: {whole_sentences(error)}"
+        ) from error
     return LoadedRun(folder, config, results, labels, classifier, model.eval().to(device), encoder, device)
 
 

@@ -13,14 +13,15 @@ from irtune.adapters.build import add_adapters
 from irtune.config import Config
 from irtune.config.batch_size import rows_at_once
 from irtune.engine.recompute import Recompute
-from irtune.errors import ConfigError
+from irtune.errors import ConfigError, IrtuneError, ModelError, whole_sentences
 from irtune.memory.labels import planned_labels, planned_tokenizer
-from irtune.memory.meta_attention import stand_in, traceable
+from irtune.memory.meta_attention import stand_in, traceable, without_values
 from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
 from irtune.models.kernels import shorten_on_cpus
 from irtune.models.skeleton import empty_classifier
+from irtune.redaction import redact
 from irtune.selection.registry import PAPER_BUDGETS, build_chooser, layer_budget, takes_budget
 from irtune.selection.split import REFERENCE_WINDOW
 
@@ -83,14 +84,27 @@ def count(
         slope: count a larger micro-batch too, for `Parts.per_row`.
 
     Raises:
-        ConfigError, ModelError: as for a run whose model is there.
+        ConfigError, ModelError: as for a run whose model is there; and for a model that cannot be made, or cannot read
+            a batch, without its weights.
     """
+    try:
+        with without_values():
+            return _count(config, selected, device, labels, slope)
+    except IrtuneError:
+        raise
+    except Exception as error:  # models bring their own code, which may look at values that are not there
+        reason = f"{type(error).__name__}: {redact(whole_sentences(error))}"
+        raise ModelError(f"{config.model.name_or_path} cannot be counted without weights ({reason})") from error
+
+
+def _count(config: Config, selected: Sequence[int] | None, device: str, labels: Sequence[str], slope: bool) -> Parts:
+    """As `count`."""
     adapter, wanted = config.adapter, config.model.attn_implementation
     if adapter.type.endswith("prefix") and wanted != "sdpa":
         raise ConfigError(f"adapter.type {adapter.type} needs model.attn_implementation sdpa, not {wanted}")
     names, assumed = planned_labels(config, labels)
-    attention = stand_in(wanted, DTYPES[config.model.dtype], device)
-    model, anatomy = empty_classifier(config.model, names, attention)
+    dtype = DTYPES[config.model.dtype]
+    model, anatomy = empty_classifier(config.model, names, lambda kind: stand_in(wanted, dtype, device, kind))
     if device == "cpu":
         shorten_on_cpus(model, compiled=config.model.compile)
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]

@@ -74,10 +74,7 @@ def plan_run(
         # What a larger micro-batch would need costs as much time again, and matters only where memory is short.
         return planned(slope=True) if plan.estimate.fits is False else plan
     except IrtuneError as error:
-        reason = str(error)
-    except Exception as error:  # models bring their own code, which may look at values that are not there
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    log.warning("no memory plan: %s cannot be counted without weights (%s)", config.model.name_or_path, reason)
+        log.warning("no memory plan: %s", error)
     return None
 
 

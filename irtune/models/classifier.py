@@ -21,7 +21,7 @@ from transformers import (
 from irtune.config.schema import ModelConfig
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import make_whole, sharded_loading
-from irtune.errors import ModelError
+from irtune.errors import ModelError, whole_sentences
 from irtune.models import quantization
 from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.models.files import check_files, find_source, without_safetensors
@@ -90,7 +90,8 @@ def load_classifier(
     settings.pad_token_id = tokenizer.pad_token_id
     settings.use_cache = False
     dtype = DTYPES[config.dtype]
-    obstacle = _sharding_obstacle(config, settings, Path(source)) if sharded is not None else None
+    skeleton = _skeleton(config, settings)
+    obstacle = _sharding_obstacle(skeleton, Path(source)) if sharded is not None else None
     if obstacle is not None:
         log.warning("%s: every rank loads the whole model before ZeRO 3 divides it", obstacle)
         sharded = None
@@ -101,12 +102,12 @@ def load_classifier(
             "model",
             config=settings,
             dtype=dtype,
-            attn_implementation=attention_kernel(config.attn_implementation, dtype),
+            attn_implementation=attention_kernel(config.attn_implementation, dtype, type(skeleton)),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
-            **_quantized_loading(config, settings, device),
+            **_quantized_loading(config, skeleton, device),
         )
     quantization.settle(model)
     heed_padding(model)
@@ -120,11 +121,10 @@ def load_classifier(
     return Classifier(model, tokenizer, anatomy)
 
 
-def _quantized_loading(config: ModelConfig, settings: PretrainedConfig, device: torch.device | None) -> dict[str, Any]:
+def _quantized_loading(config: ModelConfig, skeleton: nn.Module, device: torch.device | None) -> dict[str, Any]:
     """What `from_pretrained` is told about quantisation: all linear modules of the layers, and no other."""
     if config.quantization == "none":
         return {}
-    skeleton = _skeleton(config, settings)
     layers = find_anatomy(skeleton).layers
     kept = [n for n, part in skeleton.named_modules() if is_linear(part) and not n.startswith(f"{layers}.")]
     device = device or runtime.read_world().device
@@ -142,7 +142,7 @@ def _skeleton(config: ModelConfig, settings: PretrainedConfig) -> nn.Module:
         raise _unusable(config.name_or_path, "model", error) from error
 
 
-def _sharding_obstacle(config: ModelConfig, settings: PretrainedConfig, folder: Path) -> str | None:
+def _sharding_obstacle(skeleton: nn.Module, folder: Path) -> str | None:
     """Why a model's files cannot be loaded share by share, or None where they can.
 
     Sharded loading can replace no weight that has another shape in the files, such as a head for other labels.
@@ -150,7 +150,7 @@ def _sharding_obstacle(config: ModelConfig, settings: PretrainedConfig, folder: 
     files = list(folder.glob("*.safetensors"))
     if not files:
         return f"{folder} holds pickles only" if folder.is_dir() else f"{folder} is not on this machine yet"
-    wanted = {name: tuple(parameter.shape) for name, parameter in _skeleton(config, settings).named_parameters()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in sorted(wanted.keys() & set(weights.keys())):
@@ -218,4 +218,4 @@ def _unusable(source: str, what: str, error: Exception) -> ModelError:
     reason = redact(" ".join(str(error).split()))
     if "use_safetensors" in reason:  # transformers' advice is an option that users do not have
         return without_safetensors(source)
-    return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason[:300]}")
+    return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {redact(whole_sentences(error))}")

@@ -1,6 +1,7 @@
 """Models without weights: the shape of any configuration on the meta device, of the presets without a download."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,18 +54,22 @@ def model_settings(config: ModelConfig) -> PretrainedConfig:
     return load_settings(config)
 
 
-def empty_classifier(config: ModelConfig, labels: Sequence[str], attention: str) -> tuple[Any, Anatomy]:
-    """A sequence classifier on the meta device, without weights, with the attention implementation `attention`."""
+def empty_classifier(
+    config: ModelConfig, labels: Sequence[str], attention: Callable[[type[Any]], str]
+) -> tuple[Any, Anatomy]:
+    """A sequence classifier on the meta device, without weights.
+
+    `attention` names the attention implementation for a class of models.
+    """
     settings = model_settings(config)
     settings.id2label = dict(enumerate(labels))  # says how many there are, too
     settings.label2id = {label: number for number, label in enumerate(labels)}
     settings.pad_token_id = 0
     settings.use_cache = False
+    options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(
-            settings,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = AutoModelForSequenceClassification.from_config(copy.deepcopy(settings), **options)
+        wanted = attention(type(model))
+        if wanted != model.config._attn_implementation:
+            model = AutoModelForSequenceClassification.from_config(settings, attn_implementation=wanted, **options)
     return model, find_anatomy(model)

@@ -112,6 +112,12 @@ def _check_adapter(adapter: AdapterConfig) -> list[str]:
             problems.append(f"adapter.strata goes with adapter.type spafit, not {adapter.type}")
         if len(adapter.strata) != 2 or not 0 <= a <= b:
             problems.append(f"adapter.strata is {adapter.strata}; accepted: [a, b] with 0 <= a <= b <= layers")
+    if adapter.target_parameters and adapter.type not in ("lora", "rslora"):
+        problems.append(f"adapter.target_parameters goes with adapter.type lora or rslora, not {adapter.type}")
+    if adapter.target_parameters and adapter.dropout:
+        problems.append(
+            f"adapter.dropout is {adapter.dropout}, which adapter.target_parameters cannot have; set it to 0"
+        )
     if adapter.embeddings and adapter.type != "none":
         problems.append(f"adapter.embeddings goes with adapter.type none, not {adapter.type}")
     return problems
@@ -164,6 +170,16 @@ def check_compile(config: Config, zero: dict[str, Any], path: object) -> list[st
             "compiled; set one of the two back"
         )
     return problems
+
+
+def check_parameters(parameters: list[str], zero: dict[str, Any], path: object) -> list[str]:
+    """Problems of adapter.target_parameters with the zero_optimization section of the DeepSpeed file `path`."""
+    if not parameters or zero["stage"] != 3:
+        return []
+    return [
+        f"adapter.target_parameters does not go with zero_optimization.stage 3 in {path}, which keeps weights in "
+        "shares; set --deepspeed to a file with stage 0, 1 or 2"
+    ]
 
 
 def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> list[str]:

@@ -50,6 +50,9 @@ class AdapterConfig:
     """Dropout on the adapter's input during training."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear modules that get an adapter, or all-linear: every one except the classification head."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Names of weights that get an update of lora or rslora although no linear module holds them, such as those of
+    experts: [experts.gate_up_proj, experts.down_proj]. Not under ZeRO 3, and without dropout."""
     size: int = 256
     """Inner width of bottleneck and of the network of ltuning-prompt."""
     activation: Literal["tanh", "relu"] = "tanh"

@@ -73,9 +73,10 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # import or files to load.
 WRITTEN = {"task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
            "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "init_lora_weights", "use_dora",
-           "use_rslora", "fan_in_fan_out"}  # fmt: skip
-# A list of layers, their numbers, and modules in them, as `adapters.low_rank.target_pattern` writes it.
+           "use_rslora", "fan_in_fan_out", "target_parameters"}  # fmt: skip
+# A list of layers, their numbers, and modules in them, as `adapters.targets.target_pattern` writes it.
 PATTERN = re.compile(r"[\w\\.-]+\((\\d\+|[\d|]+)\)\\\.\([\w\\.|-]+\)")
+NAME = re.compile(r"\w+(\.\w+)+")  # the full name of a module or a weight
 MAX_RANK = 2**16
 MAX_JSON = 2**26
 
@@ -167,7 +168,10 @@ def is_peft_adapter(folder: Path) -> bool:
     rules = {
         "peft_type": lambda value: value == "LORA",
         "r": lambda value: isinstance(value, int) and 1 <= value <= MAX_RANK,
-        "target_modules": lambda value: isinstance(value, str) and PATTERN.fullmatch(value) is not None,
+        "target_modules": lambda value: (
+            _are_names(value) or (isinstance(value, str) and PATTERN.fullmatch(value) is not None)
+        ),
+        "target_parameters": lambda value: value is None or _are_names(value),
         "init_lora_weights": lambda value: value in (True, False, "pissa"),
     }
     for name, accepts in rules.items():
@@ -176,6 +180,11 @@ def is_peft_adapter(folder: Path) -> bool:
                 f"{folder / 'adapter_config.json'} sets {name} to {brief(record.get(name))}, which irtune never does"
             )
     return True
+
+
+def _are_names(value: Any) -> bool:
+    """Whether `value` lists modules or weights by their full names."""
+    return isinstance(value, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
 
 
 def _check_sums(folder: Path, wanted: Any) -> None:

@@ -103,6 +103,10 @@ for _name, (_kernel, _mask) in _STAND_INS.items():
         AttentionMaskInterface.register(f"prefix_planned_{_name}", _mask)
 
 
+def _has_meta_product(_input: torch.Tensor, weight: torch.Tensor, _offsets: torch.Tensor) -> bool:
+    return weight.dtype == torch.bfloat16
+
+
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
     """A context in which kernels that models keep as their own do not look at values, which the meta device lacks.
@@ -113,7 +117,7 @@ def without_values() -> Iterator[None]:
     grouped = moe._can_use_grouped_mm
     AttentionMaskInterface.register("sdpa", _bool_mask)
     AttentionMaskInterface.register("eager", _number_mask)
-    moe._can_use_grouped_mm = lambda input, weight, offs: weight.dtype == torch.bfloat16
+    moe._can_use_grouped_mm = _has_meta_product  # type: ignore[assignment]
     try:
         yield
     finally:

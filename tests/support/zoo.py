@@ -23,7 +23,7 @@ LABELS = ("style", "clarity", "fluency")
 _BASE = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
 _SHAPE = _BASE | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
                   "max_position_embeddings": 512}  # fmt: skip
-_DECODER = _SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
+DECODER = _SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
 _NARROW = _BASE | {"n_layer": 4, "n_head": 4}
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
            "image_size": 56, "patch_size": 14}  # fmt: skip
@@ -33,11 +33,11 @@ _DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "positio
 # Class whose weights are saved, class of the configuration, its settings.
 ZOO: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gpt2": (AutoModelForCausalLM, transformers.GPT2Config, _NARROW | {"n_embd": 32, "n_positions": 512}),
-    "qwen2": (AutoModelForCausalLM, transformers.Qwen2Config, _DECODER),
+    "qwen2": (AutoModelForCausalLM, transformers.Qwen2Config, DECODER),
     "gemma2": (AutoModelForCausalLM, transformers.Gemma2Config,
-               _DECODER | {"sliding_window": 16, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+               DECODER | {"sliding_window": 16, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
     "mixtral": (AutoModelForCausalLM, transformers.MixtralConfig,
-                _DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+                DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "bloom": (AutoModelForCausalLM, transformers.BloomConfig, _NARROW | {"hidden_size": 32}),
     "falcon": (AutoModelForCausalLM, transformers.FalconConfig,
                _BASE | {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}),
@@ -50,13 +50,13 @@ ZOO: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mpnet": (AutoModelForMaskedLM, transformers.MPNetConfig, _SHAPE | {"max_position_embeddings": 514}),
     "xlnet": (AutoModelForCausalLM, transformers.XLNetConfig, _NARROW | {"d_model": 32, "d_inner": 64}),
     "jamba": (AutoModelForCausalLM, transformers.JambaConfig,
-              _DECODER | {"num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 4, "mamba_dt_rank": 4,
+              DECODER | {"num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 4, "mamba_dt_rank": 4,
                           "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
     "t5": (transformers.T5ForConditionalGeneration, transformers.T5Config,
            _BASE | {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4,
                     "decoder_start_token_id": PAD}),
     "gemma3": (transformers.Gemma3ForConditionalGeneration, transformers.Gemma3Config,
-               {"text_config": _DECODER | {"sliding_window": 16}, "vision_config": _VISION,
+               {"text_config": DECODER | {"sliding_window": 16}, "vision_config": _VISION,
                 "mm_tokens_per_image": 4}),
 }  # fmt: skip
 

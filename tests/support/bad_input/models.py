@@ -151,5 +151,5 @@ CASES = [
     Case("a model that brings code", model(own_code("config.json")), "model.name_or_path: no ... can be loaded from ...", MODELS),
     Case("a tokenizer that brings code", model(own_code("tokenizer_config.json")), "model.name_or_path: no tokenizer can be loaded from ...", MODELS),
     Case("target modules that the model has not", model(lambda folder: None, "--adapter.target_modules=[nothing]"),
-         "matches no linear module of a layer; they are: ...", "adapters/low_rank.py"),
+         "matches no linear module of a layer; they are: ...", "adapters/targets.py"),
 ]  # fmt: skip

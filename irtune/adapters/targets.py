@@ -22,6 +22,7 @@ from irtune.distributed.partitioned import runnable
 from irtune.errors import ConfigError
 from irtune.models import Classifier
 from irtune.models.anatomy import is_linear, linear_names, weight_names
+from irtune.models.limits import cannot_read
 
 log = logging.getLogger("irtune")
 TOKENS = 16  # of the text by which is found out which modules are called
@@ -187,6 +188,8 @@ def _never_called(classifier: Classifier, names: list[str]) -> list[str]:
         with torch.no_grad(), runnable(model, layer_list(classifier)):
             ids = torch.arange(TOKENS, device=model.device).remainder(model.get_input_embeddings().num_embeddings)
             model(input_ids=ids.unsqueeze(0), attention_mask=torch.ones_like(ids).unsqueeze(0))
+    except RuntimeError as error:
+        raise cannot_read(model, error) from error
     finally:
         model.train(training)
         for handle in handles:

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from irtune.adapters.build import add_adapters
+from irtune.adapters.guard import check_length, watch
 from irtune.commands.common import show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch_size import for_ranks
@@ -13,17 +15,20 @@ from irtune.data import Corpus, Encoder, plan_batches, read_corpus
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError, IrtuneError
+from irtune.evaluation.saved_run import check_will_load
 from irtune.memory import describe, plan_run, shortage
 from irtune.memory.measure import device_memory_bytes
+from irtune.models import load_classifier
 from irtune.models.classifier import load_tokenizer
+from irtune.models.limits import check_tokens
 
 SHOWN = 3
 RARE = 20
 HELP = """usage: python -m irtune validate --config FILE [--section.key value ...] [--ranks N] [--json]
 
 Check a configuration without training: every error and warning at once, the batch arithmetic, the memory plan, and the
-first three examples as the model will see them. No weights of the base model are loaded. Exit status 0: it can run; 2:
-it cannot.
+first three examples as the model will see them. The model is loaded, gets its adapters, and is checked on two texts of
+the corpus. Exit status 0: it can run; 2: it cannot.
 
 example: python -m irtune validate --config launch/recipes/iterater-smollm2.yaml --data.path corpus/
 """
@@ -70,6 +75,8 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
         micro_batches = ranks * config.optim.gradient_accumulation_steps
         plan = _tried(lambda: plan_batches(lengths, config, micro_batches), problems)
+    if corpus and encoded:
+        _tried(lambda: _check_model(config, corpus, encoded), problems)
     if problems or not (corpus and tokenizer and encoded and plan):
         raise ConfigError(problems)
     steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
@@ -106,6 +113,22 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
             for example, item in zip(corpus.splits["train"][:SHOWN], encoded["train"])
         ],
     }
+
+
+def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> None:
+    """Load the model, put adapters in and look at both, as a run does at its start.
+
+    Raises:
+        ConfigError, ModelError, RunError: for what a run would be refused for.
+    """
+    classifier = load_classifier(config.model, corpus.labels)
+    check_length(config, classifier)
+    check_tokens(classifier, encoded.values())
+    guard = watch(classifier, encoded["train"], patient=True)
+    model, table = add_adapters(classifier, config.adapter)
+    if guard is not None:
+        guard.check(model, table, config.adapter)
+    check_will_load(model)
 
 
 def _tried(build: Any, problems: list[str]) -> Any:

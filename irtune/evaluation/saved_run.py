@@ -6,6 +6,7 @@ A folder may come from somebody else. Nothing in it is executed, and none of its
 import dataclasses
 import json
 import re
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from irtune.errors import IrtuneError, RunError, brief, whole_sentences
 from irtune.evaluation.metrics import Predictions, predict
 from irtune.files import fingerprint
 from irtune.models import DTYPES, Classifier, load_classifier
+from irtune.models.limits import check_tokens
 from irtune.models.quantization import dequantize
 
 
@@ -96,9 +98,11 @@ class LoadedRun:
 
     def predict(self, examples: Sequence[Example], batch_size: int) -> Predictions:
         """Logits of `examples` in their order, whatever the batches and ranks. Collective."""
+        encoded = [self.encoder.encode(example) for example in examples]
+        check_tokens(self.classifier, [encoded])
         return predict(
             lambda batch: self.model(**batch).logits,
-            [self.encoder.encode(example) for example in examples],
+            encoded,
             [example.label for example in examples],
             len(self.labels),
             batch_size=batch_size,
@@ -161,10 +165,28 @@ def is_peft_adapter(folder: Path) -> bool:
     record = read_object(folder / "adapter_config.json")
     if "peft_type" not in record:
         return False
+    _check_record(record, folder / "adapter_config.json")
+    return True
+
+
+def check_will_load(model: nn.Module) -> None:
+    """Look whether what a run with `model` will write can be loaded here again.
+
+    Raises:
+        RunError: naming the setting of peft that irtune never sets, so that something else has set it.
+    """
+    if isinstance(model, PeftModel):
+        with tempfile.TemporaryDirectory() as folder:
+            model.peft_config["default"].save_pretrained(folder)
+            _check_record(read_object(Path(folder) / "adapter_config.json"), Path("adapter_config.json"))
+
+
+def _check_record(record: dict[str, Any], file: Path) -> None:
+    """Raise a RunError for settings of peft that irtune never writes."""
     usual = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for name, value in record.items():
         if name in usual and name not in WRITTEN and value != _default(usual[name]):
-            raise RunError(f"{folder / 'adapter_config.json'} sets {name} to {brief(value)}, which irtune never does")
+            raise RunError(f"{file} sets {name} to {brief(value)}, which irtune never does")
     rules = {
         "peft_type": lambda value: value == "LORA",
         "r": lambda value: isinstance(value, int) and 1 <= value <= MAX_RANK,
@@ -176,10 +198,7 @@ def is_peft_adapter(folder: Path) -> bool:
     }
     for name, accepts in rules.items():
         if not accepts(record.get(name)):
-            raise RunError(
-                f"{folder / 'adapter_config.json'} sets {name} to {brief(record.get(name))}, which irtune never does"
-            )
-    return True
+            raise RunError(f"{file} sets {name} to {brief(record.get(name))}, which irtune never does")
 
 
 def _are_names(value: Any) -> bool:

@@ -25,7 +25,9 @@ from irtune.errors import ModelError, whole_sentences
 from irtune.models import quantization
 from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.models.files import check_files, find_source, without_safetensors
+from irtune.models.head import fit_head, set_labels
 from irtune.models.kernels import attention_kernel, heed_padding, shorten_on_cpus
+from irtune.models.padding import suit_pooling
 from irtune.redaction import redact
 
 log = logging.getLogger(__name__)
@@ -63,34 +65,16 @@ def load_classifier(
     """
     name, source = str(Path(config.name_or_path).expanduser()), find_source(config)
     tokenizer = load_tokenizer(config)
-    settings = _load(
-        AutoConfig,
-        source,
-        "configuration",
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
-        trust_remote_code=config.trust_remote_code,
-    )
-    if getattr(settings, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{source} is an encoder-decoder model, which has two lists of layers; accepted: models with one"
-        )
-    if tokenizer.pad_token_id >= settings.vocab_size:
-        raise ModelError(
-            f"{source}: the tokenizer pads with token {tokenizer.pad_token_id}, but the model has embeddings for "
-            f"{settings.vocab_size} tokens only; tokenizer and model do not belong together"
-        )
-    if getattr(settings, "quantization_config", None):
-        raise ModelError(
-            f"{source} holds weights that are quantised already; accepted: weights in 16 or 32 bits, which "
-            "model.quantization quantises while they are loaded"
-        )
+    settings = _load(AutoConfig, source, "configuration", trust_remote_code=config.trust_remote_code)
+    before = set_labels(settings, labels)
+    _refuse(source, settings)
     check_files(Path(source), config.allow_pickle)
-    settings.pad_token_id = tokenizer.pad_token_id
-    settings.use_cache = False
+    for part in {id(part): part for part in (settings, settings.get_text_config())}.values():
+        part.pad_token_id = tokenizer.pad_token_id
+        part.use_cache = False
     dtype = DTYPES[config.dtype]
-    skeleton = _skeleton(config, settings)
+    skeleton: Any = _skeleton(config, settings)
+    _check_padding_token(source, tokenizer, skeleton)
     obstacle = _sharding_obstacle(skeleton, Path(source)) if sharded is not None else None
     if obstacle is not None:
         log.warning("%s: every rank loads the whole model before ZeRO 3 divides it", obstacle)
@@ -111,6 +95,7 @@ def load_classifier(
         )
     quantization.settle(model)
     heed_padding(model)
+    suit_pooling(model, tokenizer)
     if not torch.cuda.is_available():
         shorten_on_cpus(model, compiled=config.compile)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
@@ -118,7 +103,38 @@ def load_classifier(
     anatomy = _checked_anatomy(source, model, info)
     if sharded is not None:
         make_whole([model.get_submodule(name) for name in anatomy.head])
+    if before != list(labels) and not _random(info) >= {
+        f"{part}.{name}" for part in anatomy.head for name, _ in model.get_submodule(part).named_parameters()
+    }:
+        one_more = copy.deepcopy(settings)
+        one_more.id2label = dict(enumerate([*labels, ""]))
+        fit_head(model, anatomy, _skeleton(config, one_more), before, labels, _random(info))
     return Classifier(model, tokenizer, anatomy)
+
+
+def _refuse(source: str, settings: PretrainedConfig) -> None:
+    """Raise a ModelError for kinds of models that cannot be trained here."""
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source} is an encoder-decoder model, which has two lists of layers; accepted: models with one, such as "
+            "the encoder FacebookAI/roberta-base or the decoder HuggingFaceTB/SmolLM2-135M"
+        )
+    if getattr(settings, "quantization_config", None):
+        raise ModelError(
+            f"{source} holds weights that are quantised already; accepted: weights in 16 or 32 bits, which "
+            "model.quantization quantises while they are loaded"
+        )
+
+
+def _check_padding_token(source: str, tokenizer: PreTrainedTokenizerBase, skeleton: Any) -> None:
+    """Raise a ModelError where the embeddings have no row for the token to pad with."""
+    pad: Any = tokenizer.pad_token_id
+    known = int(skeleton.get_input_embeddings().num_embeddings)
+    if pad >= known:
+        raise ModelError(
+            f"{source}: the tokenizer pads with token {pad}, but the model has embeddings for "
+            f"{known} tokens only; tokenizer and model do not belong together"
+        )
 
 
 def _quantized_loading(config: ModelConfig, skeleton: nn.Module, device: torch.device | None) -> dict[str, Any]:
@@ -186,8 +202,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:
     """Anatomy of a loaded model whose layers all came from the files."""
-    replaced = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    random = set(info["missing_keys"]) | replaced
+    replaced, random = _replaced(info), _random(info)
     anatomy = find_anatomy(model, random)
     wrong = sorted(key for key in random if f".{anatomy.layers}." in f".{key}")
     if wrong:
@@ -196,14 +211,14 @@ def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Ana
     return anatomy
 
 
-def longest_input(classifier: Classifier) -> int | None:
-    """Tokens that the model has positions for, or None where nothing says."""
-    limits = [
-        getattr(classifier.model.config, "max_position_embeddings", None),
-        classifier.tokenizer.model_max_length,
-    ]
-    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
-    return min(known, default=None)
+def _replaced(info: dict[str, Any]) -> set[str]:
+    """Names of parameters that have another shape in the files."""
+    return {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+
+
+def _random(info: dict[str, Any]) -> set[str]:
+    """Names of parameters that did not come from the files."""
+    return set(info["missing_keys"]) | _replaced(info)
 
 
 def _load(kind: Any, source: str, what: str, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from irtune.config.schema import ModelConfig
 from irtune.models import DTYPES
 from irtune.models.anatomy import Anatomy, find_anatomy
 from irtune.models.classifier import load_settings
+from irtune.models.head import set_labels
 
 # Shapes of the presets, from their published config.json files.
 _LLAMA_8B = {
@@ -62,10 +63,10 @@ def empty_classifier(
     `attention` names the attention implementation for a class of models.
     """
     settings = model_settings(config)
-    settings.id2label = dict(enumerate(labels))  # says how many there are, too
-    settings.label2id = {label: number for number, label in enumerate(labels)}
-    settings.pad_token_id = 0
-    settings.use_cache = False
+    set_labels(settings, labels)
+    for part in (settings, settings.get_text_config()):
+        part.pad_token_id = 0
+        part.use_cache = False
     options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(copy.deepcopy(settings), **options)

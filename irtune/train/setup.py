@@ -10,7 +10,7 @@ from torch import nn
 
 from irtune.adapters import LayerTable, remember_origins
 from irtune.adapters.build import add_adapters
-from irtune.adapters.ltuning import longest_label
+from irtune.adapters.guard import check_length, watch
 from irtune.config import Config, write_config
 from irtune.config.batch_size import for_ranks
 from irtune.config.deepspeed_json import read_engine_json
@@ -21,11 +21,12 @@ from irtune.distributed.partitioned import whole
 from irtune.distributed.runtime import World
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError
+from irtune.evaluation.saved_run import check_will_load
 from irtune.memory import RunPlan, plan_run, shortage
 from irtune.memory.measure import device_memory_bytes
-from irtune.models import Classifier, load_classifier
+from irtune.models import load_classifier
 from irtune.models.anatomy import output_projections
-from irtune.models.classifier import longest_input
+from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
 from irtune.selection import Chooser
 from irtune.selection.registry import build_chooser
@@ -97,7 +98,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     with runtime.shared_errors():
         memory = _plan_memory(config, settings, world, corpus)
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
-        _check_length(config, classifier)
+        check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
         cache = TokenCache(environment.cache_folder() / "tokens", encoder, digest)
         # Once per node: the others find it done when they have met the first at the end of this block.
@@ -106,6 +107,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     nodes.check_equal({"the tokenizer with its prompt": cache.key})
     with runtime.shared_errors():
         encoded = encoded or cache.load_or_encode(corpus)
+        check_tokens(classifier, encoded.values())
         lengths = [len(item["input_ids"]) for item in encoded["train"]]
         plan = plan_batches(lengths, config, micro_batches)
         max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
@@ -113,7 +115,11 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None
         by_ratio = config.tuning.method == "spectrum"
         ratios = layer_ratios(classifier.model, classifier.anatomy) if by_ratio else None
+        guard = watch(classifier, encoded["train"])
         model, table = add_adapters(classifier, config.adapter)
+        if guard is not None:
+            guard.check(model, table, config.adapter)
+        check_will_load(model)
         if config.tuning.method == "ist":
             remember_origins(table)
         sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]
@@ -197,21 +203,6 @@ def pretrained_weights(plans: Plans) -> dict[str, torch.Tensor]:
             for parameter, values in zip(parameters, read):
                 parameter.copy_(values)
     return {}
-
-
-def _check_length(config: Config, classifier: Classifier) -> None:
-    limit = longest_input(classifier)
-    if limit is None:
-        return
-    more = config.adapter.num_tokens if config.adapter.type == "prompt" else 0
-    if config.adapter.type == "ltuning-prompt":
-        more = longest_label(classifier)
-    if config.data.max_length + more > limit:
-        behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}{behind}, but {config.model.name_or_path} has positions for "
-            f"{limit} tokens; accepted: at most {limit - more}"
-        )
 
 
 def _open_folder(folder: Path, config: Config) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedT
 
 WORDS = ["the", "a", "blue", "old", "stone", "house", "river", "walks", "slowly", "over", "under", "bright", "words",
          "text"]  # fmt: skip
-MARKS = ["Text", "before:", "after:", "Revision", "<", "/", ">", "old", "new"]
+MARKS = ["Text", "before:", "after:", "Revision", "<", "/", ">", "new"]
 START, END, PAD, VOCABULARY = 1, 2, 3, 200
 LABELS = ("style", "clarity", "fluency")
 

@@ -15,6 +15,7 @@ from irtune.data import Example, collate
 from irtune.errors import ConfigError, RunError
 from irtune.evaluation.saved_run import ADAPTER_FILES, LoadedRun, is_peft_adapter, load_run, read_run
 from irtune.files import writing
+from irtune.models.padding import suit_pooling
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
 PROBES = (
@@ -75,6 +76,7 @@ def _merged(source: Path, target: Path, trust: list[str]) -> None:
     merged.save_pretrained(target)
     run.classifier.tokenizer.save_pretrained(target)
     loaded, info = AutoModelForSequenceClassification.from_pretrained(target, output_loading_info=True)
+    suit_pooling(loaded, run.classifier.tokenizer)  # which `_probabilities` pads on the right all the same
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     difference = float((_probabilities(run, loaded.eval()) - wanted).abs().max())
     if wrong or difference > TOLERANCE:

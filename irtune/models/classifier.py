@@ -68,13 +68,13 @@ def load_classifier(
     settings = _load(AutoConfig, source, "configuration", trust_remote_code=config.trust_remote_code)
     before = set_labels(settings, labels)
     _refuse(source, settings)
+    _check_padding_token(source, tokenizer, settings)
     check_files(Path(source), config.allow_pickle)
     for part in {id(part): part for part in (settings, settings.get_text_config())}.values():
         part.pad_token_id = tokenizer.pad_token_id
         part.use_cache = False
     dtype = DTYPES[config.dtype]
-    skeleton: Any = _skeleton(config, settings)
-    _check_padding_token(source, tokenizer, skeleton)
+    skeleton = _skeleton(config, settings)
     obstacle = _sharding_obstacle(skeleton, Path(source)) if sharded is not None else None
     if obstacle is not None:
         log.warning("%s: every rank loads the whole model before ZeRO 3 divides it", obstacle)
@@ -126,11 +126,11 @@ def _refuse(source: str, settings: PretrainedConfig) -> None:
         )
 
 
-def _check_padding_token(source: str, tokenizer: PreTrainedTokenizerBase, skeleton: Any) -> None:
+def _check_padding_token(source: str, tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -> None:
     """Raise a ModelError where the embeddings have no row for the token to pad with."""
     pad: Any = tokenizer.pad_token_id
-    known = int(skeleton.get_input_embeddings().num_embeddings)
-    if pad >= known:
+    known = getattr(settings.get_text_config(), "vocab_size", None)
+    if known is not None and pad >= known:
         raise ModelError(
             f"{source}: the tokenizer pads with token {pad}, but the model has embeddings for "
             f"{known} tokens only; tokenizer and model do not belong together"

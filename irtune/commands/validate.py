@@ -16,6 +16,7 @@ from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError, IrtuneError
 from irtune.evaluation.saved_run import check_will_load
+from irtune.evaluation.start import start_from
 from irtune.memory import describe, plan_run, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models import load_classifier
@@ -129,6 +130,8 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     if guard is not None:
         guard.check(model, table, config.adapter)
     check_will_load(model)
+    if config.model.start_from is not None:
+        start_from(config.model.start_from, model, table, config.adapter, corpus.labels)
 
 
 def _tried(build: Any, problems: list[str]) -> Any:

@@ -11,6 +11,9 @@ class ModelConfig:
     name_or_path: str = "~/.cache/irtune/SmolLM2-135M-Instruct"
     """Local folder, hub id, or a preset: llama3.1-8b, llama2-13b, mistral-7b, deepseek-r1-distil-8b, qwen3-8b or
     phi-2."""
+    start_from: str | None = None
+    """Folder of a run, or of an adapter, whose adapter and head this run starts from, for example from a large corpus
+    of lower quality to a small one. With other labels, the head starts anew. null: from fresh ones."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the base weights and of the computation."""
     quantization: Literal["none", "nf4", "int8"] = "none"

@@ -22,6 +22,7 @@ from irtune.distributed.runtime import World
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.errors import ConfigError
 from irtune.evaluation.saved_run import check_will_load
+from irtune.evaluation.start import start_from
 from irtune.memory import RunPlan, plan_run, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models import load_classifier
@@ -120,6 +121,8 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         if guard is not None:
             guard.check(model, table, config.adapter)
         check_will_load(model)
+        if config.model.start_from is not None:
+            start_from(config.model.start_from, model, table, config.adapter, corpus.labels)
         if config.tuning.method == "ist":
             remember_origins(table)
         sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]

@@ -18,7 +18,7 @@ from torch import nn
 
 from irtune.adapters.trainable import layer_list
 from irtune.config.schema import AdapterConfig
-from irtune.distributed.partitioned import runnable
+from irtune.distributed.partitioned import is_partitioned, runnable
 from irtune.errors import ConfigError
 from irtune.models import Classifier
 from irtune.models.anatomy import is_linear, linear_names, weight_names
@@ -189,7 +189,9 @@ def _never_called(classifier: Classifier, names: list[str]) -> list[str]:
             ids = torch.arange(TOKENS, device=model.device).remainder(model.get_input_embeddings().num_embeddings)
             model(input_ids=ids.unsqueeze(0), attention_mask=torch.ones_like(ids).unsqueeze(0))
     except RuntimeError as error:
-        raise cannot_read(model, error) from error
+        if not any(is_partitioned(parameter) for parameter in model.parameters()):
+            raise cannot_read(model, error) from error
+        return []  # an embedding that is read, not called, is not whole without an engine
     finally:
         model.train(training)
         for handle in handles:

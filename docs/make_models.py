@@ -45,6 +45,7 @@ def tried(folder: Path, kind: str, dtype: str = "float32", quantization: Any = "
     """The model with adapters of a type, looked at; an IrtuneError or another when it does not work."""
     config = ModelConfig(name_or_path=str(folder), dtype=dtype, quantization=quantization)  # type: ignore[arg-type]
     classifier = load_classifier(config, list(zoo.LABELS))
+    classifier.tokenizer = zoo.tokenizer()  # some classes of transformers make other tokens of its file, or none
     guard = watch(classifier, TEXTS, patient=True)
     adapter = AdapterConfig(type=kind, r=4)
     model, table = add_adapters(classifier, adapter)
@@ -87,11 +88,12 @@ def row(name: str, box: Path) -> str:
     except IrtuneError as error:
         reason = str(error).partition(" is ")[2].partition(";")[0]
         return f"| {zoo.ZOO[name][1].__name__.removesuffix('Config')} | refused: {reason} | | | | |"
+    settings: Any = classifier.model.config
     refused = [kind for kind in ADAPTER_TYPES if not works(folder, kind)]
     yes = {True: "yes", False: "no"}
     nf4 = works(folder, "lora", quantization="nf4")
     return (
-        f"| {type(classifier.model).__name__} | {classifier.model.config._attn_implementation} | "
+        f"| {type(classifier.model).__name__} | {settings._attn_implementation} | "
         f"{yes[works(folder, 'lora', dtype='bfloat16')]} | {', '.join(refused) or 'none'} | {yes[nf4]} | "
         f"{yes[checkpoints(folder)]} |"
     )

@@ -58,7 +58,7 @@ class Guard:
             change = _difference(alone, self.logits)
             if change > _tolerance(self.classifier.model):
                 raise ModelError(
-                    f"adapter.type {kind} changes what {name} computes before it is trained (logits by {change:.0%}): "
+                    f"adapter.type {kind} changes what {name} computes before it is trained ({_share(change)}): "
                     "the model reads weights of modules that it does not call; set adapter.target_modules to others, "
                     "or adapter.type to lora"
                 )
@@ -127,7 +127,7 @@ def watch(classifier: Classifier, texts: Sequence[Text], *, patient: bool = Fals
         change = _difference(own, together)
         if change > _tolerance(model):
             raise ModelError(
-                f"irtune's attention for CPUs changes what {type(model).__name__} computes (logits by {change:.0%}); "
+                f"irtune's attention for CPUs changes what {type(model).__name__} computes ({_share(change)}); "
                 "set model.attn_implementation to eager"
             )
     return Guard(classifier, chosen, alone)
@@ -187,6 +187,10 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().amax() / scale)
 
 
+def _share(change: float) -> str:
+    return f"logits by {change:.0%}" if change != float("inf") else "logits that are not finite"
+
+
 def _tolerance(model: nn.Module) -> float:
     return max(TOLERANCE.get(p.dtype, 0.0) for p in model.parameters() if p.is_floating_point())
 
@@ -196,7 +200,7 @@ def _check_padding(classifier: Classifier, alone: torch.Tensor, together: torch.
     if change > _tolerance(classifier.model):
         raise ModelError(
             f"{before}{type(classifier.model).__name__} computes something else for a text alone than for the same "
-            f"text padded in a batch (logits by {change:.0%}), so its predictions would depend on the batch; set "
+            f"text padded in a batch ({_share(change)}), so its predictions would depend on the batch; set "
             + ("adapter.type to lora or bottleneck" if before else "model.attn_implementation to eager")
             + ", or model.name_or_path to another model"
         )

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from irtune.adapters.build import add_adapters
 from irtune.adapters.guard import check_length, watch
 from irtune.commands.common import show, show_json
@@ -122,6 +124,8 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     Raises:
         ConfigError, ModelError, RunError: for what a run would be refused for.
     """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     classifier = load_classifier(config.model, corpus.labels)
     check_length(config, classifier)
     check_tokens(classifier, encoded.values())

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from irtune.config import AdapterConfig, ModelConfig, load_config
 from irtune.data import Encoder, collate, read_corpus
 from irtune.errors import ConfigError, ModelError
 from irtune.models import load_classifier
-from tests.support import tiny, zoo
+from tests.support import ROOT, tiny, zoo
 from tests.support.runs import launch
 
 REFUSED = {("t5", "float32"), ("t5", "bfloat16"), ("xlnet", "bfloat16")}
@@ -150,3 +152,15 @@ def test_what_the_zoo_cannot_do_is_refused_before_anything_is_written(box, caplo
         with caplog.at_level(logging.WARNING), pytest.raises(ConfigError, match=r"two lists of layers|model\.dtype"):
             validate.main(options)
     assert not (box / "never").exists()
+
+
+@pytest.mark.slow
+def test_the_page_of_architectures_is_current():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    made = subprocess.run([sys.executable, "docs/make_models.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert made.stdout.endswith(page), "out of date; run: python docs/make_models.py > docs/models.md"
+
+
+def test_the_page_of_architectures_has_them_all():
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(config.__name__.removesuffix("Config") in page for _, config, _ in zoo.ZOO.values())

@@ -31,7 +31,7 @@ log = logging.getLogger("irtune")
 Text = Mapping[str, Sequence[int]]
 SECONDS = 2.0  # what the guard may cost at the start of a run
 PASSES = 8  # its forward passes, where a backward pass counts for two
-LONGEST = 64  # tokens of the longer text, if the corpus has such texts
+LONGEST = 32  # tokens of the longer text, if the corpus has such texts
 # Largest difference of logits, as a share of the largest logit: rounding, and nothing else.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 # Types that promise to change nothing before they are trained.

@@ -170,7 +170,7 @@ def _never_called(classifier: Classifier, names: list[str]) -> list[str]:
     Of modules in a list, such as experts, one that is called speaks for all. Collective where weights are partitioned.
     """
     model: Any = classifier.model
-    if model.device.type == "meta":
+    if any(parameter.is_meta for parameter in model.parameters()):
         return []
     called: set[str] = set()
 

@@ -4,6 +4,7 @@ Everything a user can cause is an `IrtuneError`: one clear sentence, the offendi
 line prints it without a traceback. A bug in irtune stays an ordinary exception with its traceback.
 """
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -81,6 +82,15 @@ def brief(value: Any) -> str:
     return _SHORT.repr(value[:200] if isinstance(value, bytes) else value)
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """What another library's error says, without passwords, in one line of at most `most` characters."""
-    return redact(" ".join(str(error).split()))[:most]
+def one_line(error: object, most: int = 400) -> str:
+    """What another library says, without passwords, in one line: its first sentences, up to `most` characters.
+
+    Never a part of a sentence: a first one that is longer stays whole.
+    """
+    text = redact(" ".join(str(error).split())) or type(error).__name__
+    if len(text) <= most:
+        return text
+    ends = [match.end(1) for match in re.finditer(r"([.!?:;])(?= )", text)]
+    fitting = [end for end in ends if end <= most]
+    end = fitting[-1] if fitting else ends[0] if ends else len(text)
+    return text[:end].rstrip(":;")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from irtune.errors import ModelError
 from irtune.models import Classifier
 
 
@@ -21,11 +22,17 @@ class SoftTokens(nn.Module):
         self.base = classifier.model
         self.start = leading_tokens(classifier.tokenizer)
         self._soft: torch.Tensor | None = None
+        self._length = 0
         self.base.get_input_embeddings().register_forward_hook(self._splice)  # type: ignore[operator]
 
     def _splice(self, _module: nn.Module, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
         if self._soft is None:
             return embedded
+        if embedded.shape[0] != self._soft.shape[0] or embedded.shape[1] != self._length:
+            raise ModelError(
+                f"{type(self.base).__name__} does not embed texts one beside the other, so nothing can be put before "
+                "them; set adapter.type to lora"
+            )
         soft, start = self._soft.to(embedded.dtype), self.start
         return torch.cat([embedded[:, :start], soft, embedded[:, start + soft.shape[1] :]], dim=1)
 
@@ -52,7 +59,7 @@ class SoftTokens(nn.Module):
         extended = {name: longer(name, tensor) for name, tensor in batch.items()}
         if hasattr(batch.get("attention_mask"), "padded"):  # what `attends` holds, the host does not know
             extended["attention_mask"].padded = True  # type: ignore[attr-defined]
-        self._soft = soft.expand(rows, -1, -1)
+        self._soft, self._length = soft.expand(rows, -1, -1), extended["input_ids"].shape[1]
         try:
             return self.base(**extended)
         finally:

@@ -27,6 +27,7 @@ from irtune.evaluation.saved_run import (
 )
 from irtune.files import replacing, write_json, writing
 from irtune.models.classifier import load_tokenizer
+from irtune.models.padding import suit_pooling
 from irtune.models.pooling import HEAD_FILE, load_head, pooling_of, save_head
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
@@ -122,6 +123,8 @@ def _merged(source: Path, target: Path, trust: list[str]) -> None:
         setattr(merged, merged.base_model_prefix, loaded.eval())
         load_head(merged, target / HEAD_FILE)
         loaded = merged
+    else:
+        suit_pooling(loaded, run.classifier.tokenizer)  # which `_probabilities` pads on the right all the same
     difference = float((_probabilities(run, loaded.eval()) - wanted).abs().max())
     if wrong or difference > TOLERANCE:
         reason = f"{wrong[0]} has no place in the base model" if wrong else f"probabilities differ by {difference:.1e}"

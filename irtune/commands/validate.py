@@ -4,6 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
+from irtune.adapters.build import add_adapters
+from irtune.adapters.guard import check_length, watch
 from irtune.commands.common import add_json, at_least, parser, show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch_size import with_accumulation
@@ -16,9 +20,13 @@ from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.engine.losses import class_weights
 from irtune.errors import ConfigError, IrtuneError
+from irtune.evaluation.saved_run import check_will_load
+from irtune.evaluation.start import start_from
 from irtune.memory import describe, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
+from irtune.models import load_classifier
 from irtune.models.classifier import load_tokenizer
+from irtune.models.limits import check_tokens
 from irtune.models.pooling import check_pooling
 
 SHOWN = 3
@@ -68,6 +76,8 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     if encoded:
         micro_batches = ranks * config.optim.gradient_accumulation_steps
         sampler = _tried(lambda: build_sampler(encoded["train"], config, micro_batches), problems)
+    if corpus and encoded:
+        _tried(lambda: _check_model(config, corpus, encoded), problems)
     if problems or not (corpus and tokenizer and encoded and sampler):
         raise ConfigError(problems)
     steps, lengths = total_steps(config.optim, sampler), sampler.lengths
@@ -107,6 +117,26 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
             for example, item in zip(corpus.splits["train"][:SHOWN], encoded["train"])
         ],
     }
+
+
+def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> None:
+    """Load the model, put adapters in and look at both, as a run does at its start.
+
+    Raises:
+        ConfigError, ModelError, RunError: for what a run would be refused for.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    classifier = load_classifier(config.model, corpus.labels)
+    check_length(config, classifier)
+    check_tokens(classifier, encoded.values())
+    guard = watch(classifier, encoded["train"], patient=True)
+    model, table = add_adapters(classifier, config.adapter)
+    if guard is not None:
+        guard.check(model, table, config.adapter)
+    check_will_load(model)
+    if config.model.start_from is not None:
+        start_from(config.model.start_from, model, table, config.adapter, corpus.labels)
 
 
 def _tried(build: Any, problems: list[str]) -> Any:

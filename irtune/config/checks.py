@@ -144,6 +144,16 @@ def check_compile(config: Config, zero: dict[str, Any], path: object) -> list[st
     return problems
 
 
+def check_parameters(parameters: list[str], zero: dict[str, Any], path: object) -> list[str]:
+    """Problems of adapter.target_parameters with the zero_optimization section of the DeepSpeed file `path`."""
+    if not parameters or zero["stage"] != 3:
+        return []
+    return [
+        f"adapter.target_parameters does not go with zero_optimization.stage 3 in {path}, which keeps weights in "
+        "shares; set --deepspeed to a file with stage 0, 1 or 2"
+    ]
+
+
 def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> list[str]:
     """Problems of a quantised base with the zero_optimization section of the DeepSpeed file `path`."""
     if quantization == "none" or zero["stage"] != 3:

@@ -62,6 +62,7 @@ class AdapterKind(Declaration):
     below: whether parameters outside the layers need gradients through all of them.
     frozen: least share of a trained layer's activations that a layer stores when gradients only pass through.
     pretrained: whether its parameters are weights of the model, which checkpoints hold only once they have trained.
+    silent: whether it promises to change nothing before it is trained.
     peft_format: whether `build` returns a peft model whose folder peft can load; else irtune saves it itself.
     attention: the one model.attn_implementation that it works with; "": any.
     reads_labels: whether it reads the labels' texts, so that its shapes depend on their tokens.
@@ -76,6 +77,7 @@ class AdapterKind(Declaration):
     below: bool = False
     frozen: float = 0.6
     pretrained: bool = False
+    silent: bool = False
     peft_format: bool = False
     attention: str = ""
     reads_labels: bool = False

@@ -33,6 +33,9 @@ class ModelConfig:
     name_or_path: Annotated[str, MODEL] = "~/.cache/irtune/SmolLM2-135M-Instruct"
     """Local folder, hub id, or a preset: llama3.1-8b, llama2-13b, mistral-7b, deepseek-r1-distil-8b, qwen3-8b or
     phi-2."""
+    start_from: str | None = None
+    """Folder of a run, or of an adapter, whose adapter and head this run starts from, for example from a large corpus
+    of lower quality to a small one. With other labels, the head starts anew. null: from fresh ones."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the base weights and of the computation."""
     quantization: Literal["none", "nf4", "int8"] = "none"
@@ -77,6 +80,9 @@ class AdapterConfig:
     """Dropout on the adapter's input during training."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear modules that get an adapter, or all-linear: every one except the classification head."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Names of weights that get an update of lora or rslora although no linear module holds them, such as those of
+    experts: [experts.gate_up_proj, experts.down_proj]. Not under ZeRO 3, and without dropout."""
     size: Annotated[int, Range(1, MAX_WIDTH)] = 256
     """Inner width of bottleneck and of the network of ltuning-prompt."""
     activation: Literal["tanh", "relu"] = "tanh"

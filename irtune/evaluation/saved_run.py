@@ -6,6 +6,7 @@ A folder may come from somebody else. Nothing in it is executed, and none of its
 import dataclasses
 import json
 import re
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from irtune.errors import IrtuneError, RunError, brief, one_line
 from irtune.evaluation.metrics import Predictions, predict
 from irtune.files import fingerprint
 from irtune.models import DTYPES, Classifier, load_classifier
+from irtune.models.limits import check_tokens
 from irtune.models.pooling import HEAD_FILE, load_head, pooling_of
 from irtune.models.quantization import dequantize
 
@@ -76,9 +78,10 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # import or files to load.
 WRITTEN = {"task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
            "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "init_lora_weights", "use_dora",
-           "use_rslora", "fan_in_fan_out"}  # fmt: skip
-# A list of layers, their numbers, and modules in them, as `adapters.low_rank.target_pattern` writes it.
+           "use_rslora", "fan_in_fan_out", "target_parameters"}  # fmt: skip
+# A list of layers, their numbers, and modules in them, as `adapters.targets.target_pattern` writes it.
 PATTERN = re.compile(r"[\w\\.-]+\((\\d\+|[\d|]+)\)\\\.\([\w\\.|-]+\)")
+NAME = re.compile(r"\w+(\.\w+)+")  # the full name of a module or a weight
 MAX_RANK = 2**16
 MAX_JSON = 2**26
 
@@ -98,9 +101,11 @@ class LoadedRun:
 
     def predict(self, examples: Sequence[Example], batch_size: int) -> Predictions:
         """Logits of `examples` in their order, whatever the batches and ranks. Collective."""
+        encoded = [self.encoder.encode(example) for example in examples]
+        check_tokens(self.classifier, [encoded])
         return predict(
             lambda batch: self.model(**batch).logits,
-            [self.encoder.encode(example) for example in examples],
+            encoded,
             [example.label for example in examples],
             len(self.labels),
             batch_size=batch_size,
@@ -199,22 +204,45 @@ def is_peft_adapter(folder: Path, run: Path) -> bool:
     record = read_object(folder / "adapter_config.json")
     if "peft_type" not in record:
         return False
+    _check_record(record, folder / "adapter_config.json")
+    return True
+
+
+def check_will_load(model: nn.Module) -> None:
+    """Look whether what a run with `model` will write can be loaded here again.
+
+    Raises:
+        RunError: naming the setting of peft that irtune never sets, so that something else has set it.
+    """
+    if isinstance(model, PeftModel):
+        with tempfile.TemporaryDirectory() as folder:
+            model.peft_config["default"].save_pretrained(folder)
+            _check_record(read_object(Path(folder) / "adapter_config.json"), Path("adapter_config.json"))
+
+
+def _check_record(record: dict[str, Any], file: Path) -> None:
+    """Raise a RunError for settings of peft that irtune never writes."""
     usual = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for name, value in record.items():
         if name in usual and name not in WRITTEN and value != _default(usual[name]):
-            raise RunError(f"{folder / 'adapter_config.json'} sets {name} to {brief(value)}, which irtune never does")
+            raise RunError(f"{file} sets {name} to {brief(value)}, which irtune never does")
     rules = {
         "peft_type": lambda value: value == "LORA",
         "r": lambda value: isinstance(value, int) and 1 <= value <= MAX_RANK,
-        "target_modules": lambda value: isinstance(value, str) and PATTERN.fullmatch(value) is not None,
+        "target_modules": lambda value: (
+            _are_names(value) or (isinstance(value, str) and PATTERN.fullmatch(value) is not None)
+        ),
+        "target_parameters": lambda value: value is None or _are_names(value),
         "init_lora_weights": lambda value: value in (True, False, "pissa"),
     }
     for name, accepts in rules.items():
         if not accepts(record.get(name)):
-            raise RunError(
-                f"{folder / 'adapter_config.json'} sets {name} to {brief(record.get(name))}, which irtune never does"
-            )
-    return True
+            raise RunError(f"{file} sets {name} to {brief(record.get(name))}, which irtune never does")
+
+
+def _are_names(value: Any) -> bool:
+    """Whether `value` lists modules or weights by their full names."""
+    return isinstance(value, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
 
 
 def _check_sums(folder: Path, wanted: Any) -> None:

@@ -14,8 +14,8 @@ from irtune.config import Config
 from irtune.config.batch_size import longest_micro_batch
 from irtune.config.declarations import adapter_kinds, methods
 from irtune.engine.recompute import Recompute
-from irtune.errors import ConfigError
-from irtune.memory.meta_attention import stand_in, traceable
+from irtune.errors import ConfigError, IrtuneError, ModelError, one_line
+from irtune.memory.meta_attention import stand_in, traceable, without_values
 from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
@@ -83,8 +83,21 @@ def count(
         slope: count a larger micro-batch too, for `Parts.per_row`.
 
     Raises:
-        ConfigError, ModelError: as for a run whose model is there.
+        ConfigError, ModelError: as for a run whose model is there; and for a model that cannot be made, or cannot read
+            a batch, without its weights.
     """
+    try:
+        with without_values():
+            return _count(config, selected, device, labels, slope)
+    except IrtuneError:
+        raise
+    except Exception as error:  # models bring their own code, which may look at values that are not there
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(f"{config.model.name_or_path} cannot be counted without weights ({reason})") from error
+
+
+def _count(config: Config, selected: Sequence[int] | None, device: str, labels: Sequence[str], slope: bool) -> Parts:
+    """As `count`."""
     adapter, wanted = config.adapter, config.model.attn_implementation
     kind = adapter_kinds()[adapter.type]
     if kind.attention not in ("", wanted):
@@ -93,8 +106,8 @@ def count(
     names = list(labels) or list(dict.fromkeys(given.values() if isinstance(given, dict) else given or ()))
     assumed = () if names else (f"{LABELS} labels, since the corpus is not read; data.labels can name them",)
     names = names or [f"label {number}" for number in range(LABELS)]
-    attention = stand_in(wanted, DTYPES[config.model.dtype], device)
-    model, anatomy = empty_classifier(config.model, names, attention)
+    dtype = DTYPES[config.model.dtype]
+    model, anatomy = empty_classifier(config.model, names, lambda kind: stand_in(wanted, dtype, device, kind))
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
     # L-Tuning trains on the tokens of the labels; for other types, nothing of a tokenizer matters.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from irtune.config import Config
-from irtune.errors import IrtuneError, one_line
+from irtune.errors import IrtuneError
 from irtune.memory.count import Parts, count
 from irtune.memory.estimate import Estimate, estimate
 from irtune.memory.measure import host_memory_bytes
@@ -73,10 +73,7 @@ def estimate_memory(
         # What a larger micro-batch would need costs as much time again, and matters only where memory is short.
         return planned(slope=True) if plan.estimate.fits is False else plan
     except IrtuneError as error:
-        reason = str(error)
-    except Exception as error:  # models bring their own code, which may look at values that are not there
-        reason = f"{type(error).__name__}: {one_line(error)}"
-    log.warning("no memory plan: %s cannot be counted without weights (%s)", config.model.name_or_path, reason)
+        log.warning("no memory plan: %s", error)
     return None
 
 

@@ -78,6 +78,22 @@ def linear_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
     return list(names)
 
 
+def weight_names(model: nn.Module, anatomy: Anatomy, dims: tuple[int, ...] = (2, 3)) -> list[str]:
+    """Names of the weights inside one layer that no linear module holds, such as `mlp.experts.gate_up_proj`.
+
+    `dims`: how many dimensions they may have; 3 for stacks of matrices, which experts are.
+    """
+    names: dict[str, None] = {}
+    for layer in model.get_submodule(anatomy.layers).children():
+        for owner, module in layer.named_modules():
+            if is_linear(module) or isinstance(module, nn.Embedding | nn.Conv1d):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if len(getattr(parameter, "ds_shape", parameter.shape)) in dims:
+                    names[f"{owner}.{name}" if owner else name] = None
+    return list(names)
+
+
 class PlainWeights(Sequence[torch.Tensor]):
     """Weights of linear modules; those that are quantised or partitioned are made plain one at a time, when asked for.
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from irtune.adapters import AdapterTraits, LayerTable, Suppression, adapter_traits, add_adapters
+from irtune.adapters.guard import check_length, watch
 from irtune.config import Config, write_config
 from irtune.config.batch_size import with_accumulation
 from irtune.config.checks import pools_edits
-from irtune.config.declarations import adapter_kinds, implementation, methods
+from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.data import (
     Corpus,
@@ -32,11 +33,13 @@ from irtune.distributed.runtime import World
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.engine.losses import class_weights
 from irtune.errors import ConfigError
+from irtune.evaluation.saved_run import check_will_load
+from irtune.evaluation.start import start_from
 from irtune.memory import MemoryEstimate, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models import Classifier, load_classifier
 from irtune.models.anatomy import output_projections
-from irtune.models.classifier import longest_input
+from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
 from irtune.selection import Chooser
 from irtune.selection.registry import build_chooser
@@ -115,13 +118,21 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     with runtime.shared_errors():
         memory = _estimate_memory(config, settings, world, corpus)
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
-        _check_length(config, classifier)
+        check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
     nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})
     with runtime.shared_errors():
-        data = _training_data(config, corpus, encoder.encode_corpus(corpus), classifier, world)
+        encoded = encoder.encode_corpus(corpus)
+        check_tokens(classifier, encoded.values())
+        data = _training_data(config, corpus, encoded, classifier, world)
         projections, ratios = _score_constants(config, classifier)  # before adapters wrap the modules
+        guard = watch(classifier, encoded["train"])
         module, table = add_adapters(classifier, config.adapter)
+        if guard is not None:
+            guard.check(module, table, config.adapter)
+        check_will_load(module)
+        if config.model.start_from is not None:
+            start_from(config.model.start_from, module, table, config.adapter, corpus.labels)
         traits = adapter_traits(config.adapter)
         suppression = Suppression(table) if methods()[config.tuning.method].suppresses else None
         chooser = _build_chooser(config, table, ratios)
@@ -221,20 +232,6 @@ def pretrained_weights(setup: RunSetup) -> dict[str, torch.Tensor]:
             for parameter, values in zip(parameters, read):
                 parameter.copy_(values)
     return {}
-
-
-def _check_length(config: Config, classifier: Classifier) -> None:
-    limit = longest_input(classifier)
-    if limit is None:
-        return
-    extra_tokens = implementation(adapter_kinds()[config.adapter.type]).extra_tokens
-    more = 0 if extra_tokens is None else extra_tokens(classifier, config.adapter)
-    if config.data.max_length + more > limit:
-        behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}{behind}, but {config.model.name_or_path} has positions for "
-            f"{limit} tokens; accepted: at most {limit - more}"
-        )
 
 
 def _open_folder(folder: Path, config: Config) -> None:

@@ -241,7 +241,9 @@ PRESETS = {"llama3.1-8b": (7.5, 32), "deepseek-r1-distil-8b": (7.5, 32), "llama2
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_need_no_download(name):
     billions, layers = PRESETS[name]
-    model, anatomy = empty_classifier(ModelConfig(name_or_path=MODELS.get(name, name)), LABELS, "planned_sdpa")
+    model, anatomy = empty_classifier(
+        ModelConfig(name_or_path=MODELS.get(name, name)), LABELS, lambda kind: "planned_sdpa"
+    )
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(1e9 * billions, rel=0.01)
     assert anatomy.num_layers == layers
 

@@ -5,6 +5,7 @@ from functools import partialmethod
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from irtune.config import load_config
@@ -20,8 +21,9 @@ SELECTIONS = [[1], [0]]
 
 @pytest.mark.quick
 def test_a_missing_package_is_named_with_what_is_used_instead(caplog):
+    kernels._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "irtune"):
-        assert attention_kernel("flash_attention_2", torch.float32) == "sdpa"
+        assert attention_kernel("flash_attention_2", torch.float32, LlamaForSequenceClassification) == "sdpa"
     assert "needs the package flash-attn, which is not installed here; sdpa is used instead" in caplog.text
 
 

@@ -17,7 +17,7 @@ from irtune.config import AdapterConfig, ModelConfig
 from irtune.errors import ConfigError, ModelError
 from irtune.models import load_classifier
 from irtune.models.anatomy import find_anatomy, linear_names, output_projections
-from irtune.models.classifier import longest_input
+from irtune.models.limits import longest_input
 
 pytestmark = pytest.mark.quick
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -15,4 +15,6 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     return classifier.model
 
 
-KIND = AdapterKind(name="bitfit", summary="the biases", build=build, own_weights=True, fills={"adapter.dtype": "model"})
+KIND = AdapterKind(
+    name="bitfit", summary="the biases", build=build, silent=True, own_weights=True, fills={"adapter.dtype": "model"}
+)

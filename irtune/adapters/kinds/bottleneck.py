@@ -91,4 +91,4 @@ def _width(module: nn.Module) -> tuple[int, int]:
     return int(module.nx), int(module.nf)  # type: ignore[arg-type]
 
 
-KIND = AdapterKind(name="bottleneck", summary="a small network behind or beside a block", build=build)
+KIND = AdapterKind(name="bottleneck", summary="a small network behind or beside a block", build=build, silent=True)

@@ -17,6 +17,7 @@ KIND = AdapterKind(
     name="dora",
     summary="LoRA on the direction of a weight, its magnitude beside it",
     build=build,
+    silent=True,
     peft_format=True,
     frozen=0.3,  # the norms of all columns of W + B A are stored for the gradients of magnitude and factors only
 )

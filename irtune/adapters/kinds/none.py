@@ -26,6 +26,7 @@ KIND = AdapterKind(
     name="none",
     summary="the layers' own weights",
     build=build,
+    silent=True,
     own_weights=True,
     pretrained=True,
     fills={"adapter.dtype": "model"},

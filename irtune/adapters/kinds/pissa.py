@@ -25,6 +25,7 @@ KIND = AdapterKind(
     name="pissa",
     summary="LoRA from the largest singular directions of each weight",
     build=build,
+    silent=True,
     peft_format=True,
     decomposes=True,
     shapes_of="lora",  # its first values come from the weights

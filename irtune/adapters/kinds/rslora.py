@@ -13,4 +13,17 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     return add_low_rank(classifier, adapter, use_rslora=True)
 
 
-KIND = AdapterKind(name="rslora", summary="LoRA scaled by alpha / sqrt(r)", build=build, peft_format=True)
+KIND = AdapterKind(
+    name="rslora",
+    summary="LoRA scaled by alpha / sqrt(r)",
+    build=build,
+    silent=True,
+    peft_format=True,
+    keys=("adapter.target_parameters",),
+    refuses=(
+        (
+            {"adapter.target_parameters": ..., "adapter.dropout": ...},
+            "adapter.target_parameters cannot have adapter.dropout; set it to 0",
+        ),
+    ),
+)

@@ -7,7 +7,8 @@ import math
 
 from torch import nn
 
-from irtune.adapters.low_rank import add_low_rank, target_pattern
+from irtune.adapters.low_rank import add_low_rank
+from irtune.adapters.targets import target_pattern
 from irtune.adapters.trainable import freeze, layer_biases, layer_list, train_with_head
 from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
@@ -60,6 +61,7 @@ KIND = AdapterKind(
     name="spafit",
     summary="strata of layers: frozen, biases, LoRA and biases",
     build=build,
+    silent=True,
     own_weights=True,  # the biases
     every_layer=False,
     fills={"adapter.dtype": "model"},

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -12,25 +14,55 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 from irtune.models.kernels.attention import CPU_ATTENTION
 from irtune.models.kernels.masks import track_padding
 
-__all__ = ["add_fused_kernels", "attention_kernel", "compile_layers", "track_padding"]
+__all__ = ["add_fused_kernels", "attention_kernel", "compile_layers", "takes_any_kernel", "track_padding"]
 
 log = logging.getLogger("irtune")
 COMBINATIONS = 64  # of what a compiled layer depends on
 
 
-def attention_kernel(wanted: str, dtype: torch.dtype) -> str:
-    """The attention implementation to load a model with, for `model.attn_implementation` and its number format.
+def attention_kernel(wanted: str, dtype: torch.dtype, kind: type[Any], *, on_cpu: bool | None = None) -> str:
+    """The attention implementation that a model of the class `kind` gets for `model.attn_implementation`.
 
-    Says so where the package of the wanted one is missing; sdpa is taken then.
+    One that the class does not have, or whose package is missing, is replaced by one that it has; that is said once.
+
+    Args:
+        wanted: sdpa, eager or flash_attention_2.
+        dtype: number format of the model.
+        kind: a class of transformers.
+        on_cpu: whether the model runs on a CPU (None: whether this machine has no GPU).
     """
+    on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+    if wanted == "flash_attention_2" and not getattr(kind, "_supports_flash_attn", False):
+        _say_once(f"{kind.__name__} has no flash attention in transformers; sdpa is used instead")
+        wanted = "sdpa"
     if wanted == "flash_attention_2" and not is_flash_attn_2_available():
-        log.warning(
+        _say_once(
             "model.attn_implementation flash_attention_2 needs the package flash-attn, which is not installed here; "
             "sdpa is used instead"
         )
         wanted = "sdpa"
-    on_cpu = not torch.cuda.is_available()
-    return CPU_ATTENTION if on_cpu and wanted == "sdpa" and dtype == torch.bfloat16 else wanted
+    if wanted == "sdpa" and not getattr(kind, "_supports_sdpa", False):
+        _say_once(f"{kind.__name__} has no sdpa attention in transformers; its own (eager) is used instead")
+        wanted = "eager"
+    if wanted == "sdpa" and on_cpu and dtype == torch.bfloat16:
+        if takes_any_kernel(kind):
+            return CPU_ATTENTION
+        _say_once(f"{kind.__name__} takes no other attention than its own, and keeps it on this CPU")
+    return wanted
+
+
+def takes_any_kernel(kind: type[Any]) -> bool:
+    """Whether a class of transformers declares that its attention is whatever `AttentionInterface` holds.
+
+    Classes that do not declare it may still accept a registered name, and then add a boolean mask to their scores.
+    """
+    declared = getattr(kind, "_supports_sdpa", False) and getattr(kind, "_supports_attention_backend", False)
+    return bool(declared) and kind._can_set_attn_implementation()
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    log.warning("%s", sentence)
 
 
 def add_fused_kernels(model: nn.Module) -> None:

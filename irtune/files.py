@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,15 @@ def flush(file: Path) -> None:
         os.close(descriptor)
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text of `value`. NaN and infinities, for which JSON has no words, become null; other objects their text."""
+def to_json(value: Any, indent: int | None = None, *, other: Callable[[Any], Any] | None = None) -> str:
+    """JSON text of `value`. NaN and infinities, for which JSON has no words, become null.
+
+    `other` makes something of values that JSON does not have, such as dates; without it they are a TypeError.
+    """
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=other)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=other)
 
 
 def _finite(value: Any) -> Any:

@@ -114,7 +114,7 @@ def _write(target: Path | None, rows: NumberedRows, probabilities: list[list[flo
             f"{listed(f'{name}{suffix}' for name in new)}\n"
         )
     if target is None or lists:
-        lines = [to_json(record) + "\n" for record in records]
+        lines = [to_json(record, other=str) + "\n" for record in records]
         if target is None:
             sys.stdout.writelines(lines)
             return
@@ -148,5 +148,5 @@ def free_suffix(new: Sequence[str], taken: Collection[str]) -> str:
 def _cell(value: Any) -> Any:
     """A value in a table: lists and objects of JSON lines as JSON, what is not a number as an empty cell."""
     if isinstance(value, list | dict):
-        return to_json(value)
+        return to_json(value, other=str)
     return "" if isinstance(value, float) and not math.isfinite(value) else value

@@ -104,9 +104,12 @@ def load_classifier(
     anatomy = _checked_anatomy(source, model, info)
     if sharded is not None:
         make_whole([model.get_submodule(name) for name in anatomy.head])
-    if before != list(labels) and not _random(info) >= {
-        f"{part}.{name}" for part in anatomy.head for name, _ in model.get_submodule(part).named_parameters()
-    }:
+    if (
+        config.pooling == "class"
+        and before != list(labels)
+        and not _random(info)
+        >= {f"{part}.{name}" for part in anatomy.head for name, _ in model.get_submodule(part).named_parameters()}
+    ):
         one_more = copy.deepcopy(settings)
         one_more.id2label = dict(enumerate([*labels, ""]))
         fit_head(model, anatomy, _skeleton(config, one_more), before, labels, _random(info))
@@ -203,7 +206,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:
     """Anatomy of a loaded model whose layers all came from the files."""
-    replaced, random = _replaced(info), _random(info)
+    replaced = _replaced(info)
+    random = _random(info) & {name for name, _ in model.named_parameters()}  # not a head that a pooling replaced
     anatomy = find_anatomy(model, random)
     wrong = sorted(key for key in random if f".{anatomy.layers}." in f".{key}")
     if wrong:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pytest
 
 from irtune import cli
-from irtune.commands.compare.command import parser as compare_options
+from irtune.commands.compare.command import command_options as compare_options
 from irtune.commands.compare.grid import build_grid, parse_corpora, parse_variants
 from irtune.config import load_config
 from irtune.data.synthetic import synthetic_pairs

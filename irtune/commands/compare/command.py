@@ -23,7 +23,8 @@ log = logging.getLogger("irtune")
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 
 
-def _options() -> argparse.ArgumentParser:
+def command_options() -> argparse.ArgumentParser:
+    """The command's own options; all others are the trainer's."""
     built = parser(
         "compare",
         "Train every method on every corpus with every seed, and compare. Stop it and start it again as you like: "
@@ -50,7 +51,7 @@ def compare(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: for every mistake in the options, before the first run.
     """
-    options, trainer = _options().parse_known_args(list(arguments))
+    options, trainer = command_options().parse_known_args(list(arguments))
     folder = options.output_dir
     cells = build_grid(
         variants=parse_variants(options.methods),

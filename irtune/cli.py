@@ -33,7 +33,7 @@ def train(arguments: Sequence[str]) -> int:
         return _user_error(error, show_traceback)
     except StoppedError as stop:
         if environment.variable("RANK", "0") == "0":
-            sys.stderr.write(f"{stop}; the checkpoint is written, and the same command goes on from it\n")
+            sys.stderr.write(f"{stop}; the checkpoint is written, and the same command continues from it\n")
         return BY_SIGNAL + stop.signal
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _usage() -> str:
     lines = [f"  {name.ljust(14)}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(["usage: python -m irtune COMMAND ... (COMMAND --help says more)", "", *lines, ""])
+    return "\n".join(["usage: python -m irtune COMMAND ... (COMMAND --help has more)", "", *lines, ""])
 
 
 def _user_error(error: IrtuneError, show_traceback: bool) -> int:

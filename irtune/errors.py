@@ -82,10 +82,13 @@ def brief(value: Any) -> str:
     return _SHORT.repr(value[:200] if isinstance(value, bytes) else value)
 
 
+LONGEST = 1_000  # characters of another library's sentence
+
+
 def one_line(error: object, most: int = 400) -> str:
     """What another library says, without passwords, in one line: its first sentences, up to `most` characters.
 
-    Never a part of a sentence: a first one that is longer stays whole.
+    A first sentence that is longer stays whole, up to `LONGEST` characters.
     """
     text = redact(" ".join(str(error).split())) or type(error).__name__
     if len(text) <= most:
@@ -93,4 +96,4 @@ def one_line(error: object, most: int = 400) -> str:
     ends = [match.end(1) for match in re.finditer(r"([.!?:;])(?= )", text)]
     fitting = [end for end in ends if end <= most]
     end = fitting[-1] if fitting else ends[0] if ends else len(text)
-    return text[:end].rstrip(":;")
+    return text[:end].rstrip(":;") if end <= LONGEST else f"{text[:LONGEST]}..."

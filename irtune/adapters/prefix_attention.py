@@ -88,7 +88,7 @@ AttentionMaskInterface.register("prefix_trace", sdpa_mask_by_mark)
 
 
 def attention_places(classifier: Classifier, kind: str) -> list[AttentionPlace]:
-    """The attention of each layer, and the model told to look for prefixes.
+    """The attention of each layer, after making the model look for prefixes.
 
     Raises:
         ConfigError: when another kernel than sdpa was asked for.

@@ -1,6 +1,6 @@
-"""Embeddings that stand among those of the text, in any model with an input embedding.
+"""Embeddings placed among those of the text, in any model with an input embedding.
 
-The model still gets token ids, with placeholders where soft tokens stand: so it finds the last token of a padded text,
+The model still gets token ids, with placeholders for soft tokens, so it finds the last token of a padded text,
 which it could not in embeddings alone.
 """
 

@@ -93,7 +93,7 @@ def a_path(text: str) -> Path:
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, another's folder, a user that does not exist
         reason = getattr(error, "strerror", None) or str(error)
-        raise argparse.ArgumentTypeError(f"{redact(text)[:200]!r} is no usable path: {reason}") from None
+        raise argparse.ArgumentTypeError(f"{redact(text)[:200]!r} is not a usable path: {reason}") from None
     return path
 
 

@@ -99,7 +99,7 @@ def _text(found: dict[str, Any], labels: Sequence[str]) -> str:
     return "\n".join([
         table(header, rows),
         "",
-        f"leakage: {found['pairs_in_several_splits']} pairs of texts stand in more than one split; "
+        f"leakage: {found['pairs_in_several_splits']} pairs of texts are in more than one split; "
         + ("documents unknown (set data.group to their column)" if documents is None else f"{documents} documents do"),
         "duplicates: the same pair again; contradictions: the same pair with different labels",
     ])  # fmt: skip

@@ -188,7 +188,7 @@ def _notes(world: World) -> list[str]:
         address = ""
     if (not address or address.startswith("127.")) and not environment.variable("GLOO_SOCKET_IFNAME", ""):
         notes.append(
-            f"the host name {socket.gethostname()} stands for {address or 'no address'}: with several nodes irtune "
+            f"the host name {socket.gethostname()} resolves to {address or 'no address'}: with several nodes irtune "
             "takes the interface on the way to MASTER_ADDR; set GLOO_SOCKET_IFNAME for another one"
         )
     threads = torch.get_num_threads()

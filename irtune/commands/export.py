@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     source, target = given.run, given.to
     read_run(source)  # a run, and finished?
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        raise ConfigError(f"--to {str(target)!r} is there already and not empty; accepted: a new folder")
+        raise ConfigError(f"--to {str(target)!r} already exists and is not empty; accepted: a new folder")
     with writing(target), replacing(target) as scratch:
         scratch.mkdir(parents=True)
         (_merged if given.merge else _adapter)(source, scratch, trusted(given))
@@ -105,7 +105,7 @@ def _merged(source: Path, target: Path, trust: list[str]) -> None:
     if hasattr(merged, "merge_and_unload"):
         merged = merged.merge_and_unload()
     elif merged is not run.classifier.model:
-        raise RunError(f"adapter.type {config.adapter.type} cannot be merged: it is no change of the base's weights")
+        raise RunError(f"adapter.type {config.adapter.type} cannot be merged: it does not change the base's weights")
     merged.config.torch_dtype = merged.config.dtype = torch.float32
     pooling = pooling_of(merged)
     if pooling is None:

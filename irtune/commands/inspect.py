@@ -48,7 +48,9 @@ def read_selections(folder: Path) -> list[dict[str, Any]]:
     """
     file = folder / "selection.jsonl"
     if not file.is_file():
-        raise RunError(f"{folder} is no run folder: it has no selection.jsonl; accepted: a run.output_dir of training")
+        raise RunError(
+            f"{folder} is not a run folder: it has no selection.jsonl; accepted: the run.output_dir of a run"
+        )
     records = _records(file)
     if not records:
         raise RunError(f"the run in {folder} has not selected any layers yet")
@@ -60,7 +62,7 @@ def read_selections(folder: Path) -> list[dict[str, Any]]:
         chosen = isinstance(selected, list) and all(isinstance(i, int) and 0 <= i < layers for i in selected)
         scored = isinstance(scores, list) and all(isinstance(s, int | float | None) for s in scores)
         if not (chosen and scored and len(scores) == layers and record.get("num_layers") == layers):
-            raise RunError(f"{file}, line {number} is damaged: it is no selection among {layers} layers")
+            raise RunError(f"{file}, line {number} is damaged: it is not a selection among {layers} layers")
     return records
 
 
@@ -73,7 +75,7 @@ def _results(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
-        raise RunError(f"{file} is damaged: it is no JSON object with steps")
+        raise RunError(f"{file} is damaged: it is not a JSON object with steps")
     return found
 
 
@@ -93,7 +95,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
         elif number < len(lines):
-            raise RunError(f"{file}, line {number} is damaged: it is no record of irtune")
+            raise RunError(f"{file}, line {number} is damaged: it is not a record of irtune")
     return records
 
 

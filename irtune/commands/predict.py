@@ -81,7 +81,7 @@ def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) 
     """Examples without labels from rows.
 
     Raises:
-        DataError: for a column that is missing or a cell that is no text; names file, row and column.
+        DataError: for a column that is missing or a cell that is not text; names file, row and column.
     """
     examples = []
     for number, row in rows:

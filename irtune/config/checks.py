@@ -55,7 +55,7 @@ def _check_data(config: Config) -> list[str]:
         strange = [name for pair in data.labels.items() for name in pair if not isinstance(name, str)]
         if strange:
             problems.append(
-                f"data.labels: {strange[0]!r} is no text (YAML reads yes, no, on and off as truth values); put labels "
+                f"data.labels: {strange[0]!r} is not text (YAML reads yes, no, on and off as truth values); put labels "
                 "in quotes"
             )
             return problems
@@ -67,7 +67,7 @@ def _check_data(config: Config) -> list[str]:
     if data.prompt == "diff" and data.after is None:
         problems.append("data.prompt diff compares two texts, but data.after is null; use plain, or name the column")
     if data.context_words is not None and data.prompt != "diff":
-        problems.append(f"data.context_words goes with data.prompt diff, not {data.prompt}; leave it out")
+        problems.append(f"data.context_words goes with data.prompt diff, not {data.prompt}; remove it")
     columns = [column for column in (data.before, data.after, data.label) if column is not None]
     if len(set(columns)) != len(columns):
         problems.append(f"data.before, data.after and data.label must be different columns, not {columns}")
@@ -75,7 +75,7 @@ def _check_data(config: Config) -> list[str]:
         problems.append(f"data.weight is {data.weight!r}, a column that is a text or the label already")
     if data.template is not None:
         if data.prompt != DataConfig.prompt:
-            problems.append(f"data.template takes the place of data.prompt {data.prompt}; leave one of the two out")
+            problems.append(f"data.template takes the place of data.prompt {data.prompt}; remove one of the two")
         problems += template_problems(data.template, pair=data.after is not None)
     return problems
 
@@ -86,7 +86,7 @@ def _check_loss(config: Config) -> list[str]:
     if optim.warmup_fraction is not None and optim.warmup_steps:
         problems.append(
             f"optim.warmup_fraction {optim.warmup_fraction} and optim.warmup_steps {optim.warmup_steps} both set "
-            "the warm-up; leave one of the two out"
+            "the warm-up; remove one of the two"
         )
     weights = optim.class_weights
     if weights is None:
@@ -111,7 +111,7 @@ def _check_declared(config: Config, option: str, known: Mapping[str, Declaration
     for key in sorted({key for other in known.values() for key in other.keys} - set(chosen.keys)):
         if value_of(config, key) != value_of(Config(), key):
             owners = " or ".join(name for name, other in known.items() if key in other.keys)
-            problems.append(f"{key} goes with {option} {owners}, not {chosen.name}; leave it out")
+            problems.append(f"{key} goes with {option} {owners}, not {chosen.name}; remove it")
     for key, (wanted, reason) in chosen.needs.items():
         if value_of(config, key) != wanted:
             problems.append(f"{option} {chosen.name} {reason}: it needs {key} {wanted}, not {value_of(config, key)}")
@@ -164,8 +164,8 @@ def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> lis
             "whole base; set model.quantization to nf4, or --deepspeed to a file with stage 0, 1 or 2"
         ]
     return [
-        f"{path}: zero_optimization.{key} would round the packed weights of model.quantization nf4, whose bits are no "
-        "numbers; take it out"
+        f"{path}: zero_optimization.{key} would round the packed weights of model.quantization nf4, whose bits are not "
+        "numbers; remove it"
         for key in ROUNDING
         if zero.get(key)
     ]
@@ -205,7 +205,7 @@ def _check_adapter(config: Config) -> list[str]:
     if config.optim.micro_batch_tokens is not None and kind.extra_tokens is not None:
         problems.append(
             f"optim.micro_batch_tokens does not count the embeddings that adapter.type {name} puts before every text; "
-            "leave it out"
+            "remove it"
         )
     if kind.own_weights and config.adapter.dtype == "float32" and config.model.dtype != "float32":
         problems.append(
@@ -232,7 +232,7 @@ def _check_tuning(config: Config) -> list[str]:
             f"tuning.min_fraction ({tuning.min_fraction}) is above tuning.max_fraction ({tuning.max_fraction})"
         )
     if method is not None and tuning.budget is not None and not method.takes_budget:
-        problems.append(f"tuning.budget has no meaning for tuning.method {tuning.method}; leave it out")
+        problems.append(f"tuning.budget has no meaning for tuning.method {tuning.method}; remove it")
     if tuning.score in ("weight", "cosine") and tuning.scores == "stale":
         problems.append(
             f"tuning.scores stale has no meaning for tuning.score {tuning.score}, which frozen layers have too; "
@@ -250,7 +250,7 @@ def _check_batch(config: Config) -> list[str]:
         )
     if optim.micro_batch_tokens is not None and optim.global_batch_size is not None:
         problems.append(
-            f"optim.global_batch_size {optim.global_batch_size} counts examples, of which optim.micro_batch_tokens "
-            f"{optim.micro_batch_tokens} puts more or fewer into a micro-batch; leave one of the two out"
+            f"optim.global_batch_size {optim.global_batch_size} counts examples, but optim.micro_batch_tokens "
+            f"{optim.micro_batch_tokens} puts varying numbers of them into a micro-batch; remove one of the two"
         )
     return problems

@@ -20,7 +20,7 @@ RECIPE_ONLY = {
 }
 
 
-# What may stand at the top of the file: knobs of the engine that do not change what is computed.
+# What the top of the file may hold: knobs of the engine that do not change what is computed.
 KNOBS = {
     "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "bf16", "fp16", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
@@ -91,7 +91,7 @@ def _parse(path: Path) -> Any:
     """The JSON of a file.
 
     Raises:
-        OSError, ValueError, RecursionError: for what is no JSON, holds a key twice, or is far too large.
+        OSError, ValueError, RecursionError: for a file that is not JSON, has a key twice, or is far too large.
     """
     with path.open("rb") as source:
         content = source.read(MAX_BYTES + 1)
@@ -105,7 +105,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"the key {name!r} stands twice")
+            raise ValueError(f"the key {name!r} appears twice")
     return dict(pairs)
 
 
@@ -114,7 +114,7 @@ def _unknown(settings: dict[str, Any], path: Path) -> list[str]:
     problems = []
     for key in settings:
         if key in RECIPE_ONLY:
-            problems.append(f"{path}: {key!r} belongs to {RECIPE_ONLY[key]}; take it out of the DeepSpeed file")
+            problems.append(f"{path}: {key!r} belongs to {RECIPE_ONLY[key]}; remove it from the DeepSpeed file")
         elif key not in KNOBS:
             near = difflib.get_close_matches(key, KNOBS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(sorted(KNOBS))}"

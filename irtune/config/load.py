@@ -35,7 +35,7 @@ def parser() -> jsonargparse.ArgumentParser:
         description="Fine-tune a language model layer by layer. "
         "Example: deepspeed --num_gpus 2 train.py --config launch/recipes/iterater-smollm2.yaml --optim.lr 1e-4",
     )
-    built.add_argument("--config", type=str, help="YAML file with the sections below; options given beside it win.")
+    built.add_argument("--config", type=str, help="YAML file with the sections below; other options override it.")
     for name, section in SECTIONS.items():
         built.add_class_arguments(section, name)
     for action in built._actions:

@@ -107,7 +107,7 @@ class DataConfig:
     """The corpus and how a row becomes text."""
 
     preset: Literal["iterater-human", "argrewrite"] | None = None
-    """Known corpus: sets the columns and the labels that are dropped. Keys given beside it win."""
+    """Known corpus: sets the columns and the labels that are dropped. Keys that are set explicitly take precedence."""
     path: str | None = None
     """A file (then it is the training split), a folder with train, dev and test files (also shards as the hub has them,
     and what save_to_disk writes), or a hub id."""
@@ -177,7 +177,7 @@ class TuningConfig:
     """tau of the method grass: p = softmax(m / tau)."""
     preset: Literal["default", "reference"] = "default"
     """default: rms, fresh, otsu, every 10 steps. reference: the published code's choices (reference score, stale,
-    reference rule, every step, random first half). Keys given beside it win."""
+    reference rule, every step, random first half). Keys that are set explicitly take precedence."""
     score: Literal["rms", "global", "reference", "weight", "cosine"] = "rms"
     """What a layer's importance is."""
     scores: Literal["fresh", "stale"] = "fresh"
@@ -276,7 +276,7 @@ class RunConfig:
     best_metric: Literal["macro_f1", "macro_f1_present", "accuracy", "auprc", "loss"] = "macro_f1"
     """Dev metric by which the best checkpoint is chosen (loss: lower is better)."""
     resume: str = "auto"
-    """auto: go on from the last checkpoint in output_dir if there is one; never: refuse a folder that has one; or a
+    """auto: continue from the last checkpoint in output_dir if there is one; never: refuse a folder that has one; or a
     checkpoint folder."""
     deterministic: bool = False
     """Only deterministic kernels (slower on a GPU)."""

@@ -169,7 +169,7 @@ def total_steps(optim: OptimConfig, sampler: BatchSampler) -> int:
 def evaluation_batches(
     lengths: Sequence[int], batch_size: int, rank: int, world_size: int, tokens: int | None = None
 ) -> list[list[int]]:
-    """Batches of positions for one rank: every position stands in exactly one batch of one rank.
+    """Batches of positions for one rank: every position is in exactly one batch of one rank.
 
     Of `batch_size` examples each, or of as many as fit into `tokens` with padding, one at least.
     Longest first, so that an out-of-memory error comes at once. All ranks get equally many batches, because ZeRO 3

@@ -50,7 +50,7 @@ def read_corpus(data: DataConfig) -> Corpus:
     """Read all splits of the corpus that `data` describes.
 
     Raises:
-        DataError: for missing files, columns, splits or rows, labels that are unknown or stand only outside the
+        DataError: for missing files, columns, splits or rows, labels that are unknown or appear only outside the
             training split, and cells that are not text. Names the file, row, column and value.
     """
     tables = _find_splits(data)
@@ -106,7 +106,7 @@ def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]
     strange = sorted(set(names) - set(index))
     if strange:
         raise DataError(
-            f"{where}: label {strange[0]!r} stands {names.count(strange[0])} times, but the run knows only "
+            f"{where}: label {strange[0]!r} occurs {names.count(strange[0])} time(s), but the run knows only "
             f"{', '.join(labels)}; drop it with data.drop_labels or map it with data.labels"
         )
     examples = _examples(records, split, where, data, index)
@@ -120,7 +120,7 @@ def _examples(records: list[Record], split: str, where: str, data: DataConfig, i
     for record in records:
         name = f"{split}:{record.number}" if record.id is None else record.id
         if name in seen:
-            raise DataError(f"{where}: id {name!r} in column {data.id!r} stands twice; set data.id to another column")
+            raise DataError(f"{where}: id {name!r} in column {data.id!r} appears twice; set data.id to another column")
         seen.add(name)
         number = index[record.label]
         examples.append(Example(name, record.before, record.after, number, record.group, record.weight))
@@ -128,7 +128,7 @@ def _examples(records: list[Record], split: str, where: str, data: DataConfig, i
 
 
 def _held_out(tables: Tables, data: DataConfig) -> Tables:
-    """Train and dev split by `data.fold` or `data.dev_fraction`: no document stands in both."""
+    """Train and dev split by `data.fold` or `data.dev_fraction`: no document is in both."""
     joined = [(split, record) for split in ("train", "dev") for record in tables.get(split, ("", []))[1]]
     where = tables["train"][0]
     groups = [f"{split}:{record.number}" if record.group is None else record.group for split, record in joined]
@@ -147,7 +147,7 @@ def _held_out(tables: Tables, data: DataConfig) -> Tables:
         what = "documents" if data.group else "examples"
         raise DataError(f"{where}: {folds} folds need at least as many {what}, not {len(set(groups))}")
     place = fold_of([record.raw for _, record in joined], groups, folds, data.split_seed)
-    # Numbers go on after those of the training file, so that ids made of them stay different.
+    # Numbers continue after those of the training file, so that ids made of them stay different.
     last = max(record.number for _, record in joined)
     records = [record if split == "train" else replace(record, number=last + record.number) for split, record in joined]
     dev = [record for record, fold in zip(records, place) if fold == held_out - 1]
@@ -186,7 +186,7 @@ def _find_splits(data: DataConfig) -> Tables:
 
 
 def _names_file(path: Path) -> bool:
-    """Whether a corpus is one file: also one that is missing, which is then said."""
+    """Whether a corpus is one file: even one that is missing, which is reported later."""
     try:
         return path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir())
     except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -238,8 +238,8 @@ def _label_names(tables: Tables, data: DataConfig) -> list[str]:
         strange = sorted(set(names) - train)
         if strange:
             raise DataError(
-                f"{places[split]}: label {strange[0]!r} stands {names.count(strange[0])} times in {split} but never in "
-                "the training split, so it cannot be learnt; add it to data.drop_labels or to the training split"
+                f"{places[split]}: label {strange[0]!r} occurs {names.count(strange[0])} time(s) in {split} but never "
+                "in the training split, so it cannot be learnt; add it to data.drop_labels or to the training split"
             )
     if isinstance(data.labels, dict):
         return list(dict.fromkeys(data.labels.values()))

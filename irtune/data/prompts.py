@@ -28,7 +28,7 @@ PAIR_SEPARATOR = "\n"  # for tokenizers without a separator of their own
 class Encoder:
     """Turns examples into token ids no longer than `data.max_length`.
 
-    The tokenizer's own special tokens stand where it puts them around one text (or around and between two, for `plain`
+    The tokenizer's own special tokens are where it puts them around one text (or around and between two, for `plain`
     with tokenizers that have a separator). Text that looks like a special token is split like any other text.
     """
 

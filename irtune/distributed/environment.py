@@ -1,4 +1,4 @@
-"""The environment, read in this one place: what the launcher says about ranks, and what tests are told."""
+"""The environment, read in this one place: the launcher's variables, and those for tests."""
 
 import os
 import socket

@@ -86,7 +86,7 @@ class StoreClient:
         try:
             value, error = answer.get(timeout=self.seconds)
         except queue.Empty:
-            raise RuntimeError(f"no answer of the ranks' store in {self.seconds:.0f} s") from None
+            raise RuntimeError(f"no answer from the ranks' store in {self.seconds:.0f} s") from None
         finally:
             self._waiting.discard(answer)
         if error is not None:
@@ -143,7 +143,7 @@ class Watch:
         self.nodes: Sequence[str] = ()  # of each rank, where there are several
         self._leave = leave or _leave
         self._ended = threading.Event()
-        self._lost = False  # the store, so that nobody can be told anything
+        self._lost = False  # the store, so that nobody can be reached
         self._store: dist.Store | None = None
         self.signals = StopSignals(None)
         if store is None or size == 1:
@@ -195,7 +195,7 @@ class Watch:
             self._leave(why)
 
     def report(self, what: str) -> None:
-        """Tell all ranks why the job fails; the first report stands."""
+        """Report to all ranks why the job fails; the first report is kept."""
         if self._store is not None and not self._lost:
             try:
                 self._pulse.compare_set("failure", "", what)

@@ -95,7 +95,7 @@ def _unseen(folder: Path, nodes: list[str], world: World) -> list[str]:
     if not blind:
         return []
     return [
-        f"run.output_dir {there!r} of {nodes[0]} is not seen from {node_facts.listed(blind)}; choose a folder on a "
+        f"run.output_dir {there!r} of {nodes[0]} is not visible from {node_facts.listed(blind)}; choose a folder on a "
         "disk that all nodes share, since every rank reads checkpoints"
     ]
 

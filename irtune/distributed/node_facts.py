@@ -27,7 +27,7 @@ class NodeFacts:
     versions: as `versions`.
     digest: of the configuration, see `digest`.
     clock: seconds since 1970; 0 where it was not asked for.
-    expected: number of nodes that the launch script was told, as `N` or `MIN:MAX`; empty without one.
+    expected: number of nodes that the launch script expects, as `N` or `MIN:MAX`; empty without one.
     options: the configuration, where digests differ, see `flat`.
     """
 
@@ -117,7 +117,7 @@ def _by_value(facts: Sequence[NodeFacts], values: Sequence[str]) -> str | None:
 
 
 def wrong_count(facts: Sequence[NodeFacts]) -> list[str]:
-    """A sentence if there are not as many nodes as a launch script was told, or if scripts were told differently."""
+    """A sentence if there are not as many nodes as the launch scripts expect, or if they expect different numbers."""
     said = _by_value(facts, [one.expected or "not given" for one in facts])
     if said is not None:
         return [f"the number of nodes is {said}; start every node with the same NNODES"]
@@ -134,7 +134,7 @@ def clock_difference(facts: Sequence[NodeFacts]) -> str | None:
     apart = last.clock - first.clock
     if apart <= CLOCK_SECONDS:
         return None
-    return f"the clock of {last.node} is {apart:.0f} s ahead of that of {first.node}; logs will not fit together"
+    return f"the clock of {last.node} is {apart:.0f} s ahead of that of {first.node}; logs will not line up"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ WEIGHTS = "weights"  # of a batch: how much each example counts in the loss, fp3
 
 
 class Engine:
-    """A model under DeepSpeed whose trained layers can be chosen anew at every accumulation boundary."""
+    """A model under DeepSpeed whose trained layers can be chosen again at every accumulation boundary."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class Engine:
         self._take_over_update()
         if hasattr(self.ds.optimizer, "register_grad_acc_post_hook"):
             self.ds.optimizer.register_grad_acc_post_hook(self.ds._backward_post_hook)
-        for name in ("loss_scaler", "loss_scale_config"):  # fp16: the scale that was found goes on
+        for name in ("loss_scaler", "loss_scale_config"):  # fp16: the scale that was found is kept
             if hasattr(old, name):
                 setattr(self.ds.optimizer, name, getattr(old, name))
         self.state.put_in(saved)

@@ -34,11 +34,11 @@ def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
     """Configuration and results of a finished run.
 
     Raises:
-        RunError: when `folder` is no run, or a run that is not finished.
+        RunError: when `folder` is not a run, or not a finished one.
     """
     if not (folder / "config.yaml").is_file():
         raise RunError(
-            f"{folder} is no run folder: it has no config.yaml; accepted: what run.output_dir was in training, or a "
+            f"{folder} is not a run folder: it has no config.yaml; accepted: the run.output_dir of a run, or a "
             "folder that irtune has exported"
         )
     config = load_config(["--config", str(folder / "config.yaml")])
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
         name = latest.read_bytes()[:80].decode("utf-8", "replace").strip() if latest.is_file() else ""
         reached = f"its last checkpoint is {name!r}" if name else "it has no checkpoint"
         raise RunError(
-            f"the run in {folder} is not finished, {reached}; go on with: train.py --config {folder / 'config.yaml'}"
+            f"the run in {folder} is not finished, {reached}; continue with: train.py --config {folder / 'config.yaml'}"
         )
     results = read_object(folder / "results.json")
     labels = results["dev"].get("per_class") if isinstance(results.get("dev"), dict) else None
@@ -64,7 +64,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         if file.stat().st_size > MAX_JSON:
-            raise RunError(f"{file} has more than {MAX_JSON // 2**20} MiB, and is no file of irtune")
+            raise RunError(f"{file} has more than {MAX_JSON // 2**20} MiB, and is not a file of irtune")
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} cannot be read: {one_line(error)}") from error
@@ -162,7 +162,7 @@ def check_trusted(folder: Path, config: Config, trusted: Collection[str]) -> Non
     for risk in RISKS:
         if getattr(config.model, risk, False) and risk not in trusted:
             raise RunError(
-                f"{folder / 'config.yaml'} sets model.{risk}, by which code that comes with a model runs here; add "
+                f"{folder / 'config.yaml'} sets model.{risk}, which lets code that comes with a model run here; add "
                 f"--{risk} to the command if you trust this folder and {config.model.name_or_path}"
             )
 
@@ -249,7 +249,7 @@ def _check_sums(folder: Path, wanted: Any) -> None:
     """Raise a RunError for a file of the adapter whose SHA-256 is not the one in results.json (where there is one)."""
     for name, digest in wanted.items() if isinstance(wanted, dict) else ():
         if name in ADAPTER_FILES and fingerprint(folder / name)["sha256"] != digest:
-            raise RunError(f"{folder / name} has another checksum than when it was written; copy the run again")
+            raise RunError(f"{folder / name} has a different checksum than when it was written; copy the run again")
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -97,7 +97,7 @@ _STAND_INS: dict[str, tuple[Any, Any]] = {
 for _name, (_kernel, _mask) in _STAND_INS.items():
     AttentionInterface.register(f"planned_{_name}", _kernel)
     AttentionMaskInterface.register(f"planned_{_name}", _mask)
-    if _name in KERNELS:  # those that prefixes can stand before
+    if _name in KERNELS:  # those that prefixes can precede
         KERNELS[f"planned_{_name}"] = _kernel
         AttentionInterface.register(f"prefix_planned_{_name}", with_prefix(_kernel))
         AttentionMaskInterface.register(f"prefix_planned_{_name}", _mask)

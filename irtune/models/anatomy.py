@@ -66,7 +66,7 @@ def find_anatomy(model: nn.Module, missing: Collection[str] = ()) -> Anatomy:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a matrix product that an adapter can stand beside (GPT-2's Conv1D is one too)."""
+    """Whether `module` is a matrix product that can get an adapter (GPT-2's Conv1D is one too)."""
     return isinstance(module, nn.Linear | Conv1D)
 
 

@@ -142,7 +142,7 @@ def _check_padding_token(source: str, tokenizer: PreTrainedTokenizerBase, settin
 
 
 def _quantized_loading(config: ModelConfig, skeleton: nn.Module, device: torch.device | None) -> dict[str, Any]:
-    """What `from_pretrained` is told about quantisation: all linear modules of the layers, and no other."""
+    """What `from_pretrained` gets about quantisation: all linear modules of the layers, and no other."""
     if config.quantization == "none":
         return {}
     layers = find_anatomy(skeleton).layers

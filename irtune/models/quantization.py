@@ -85,7 +85,7 @@ class _Product(torch.autograd.Function):
 class Linear4bit(bnb.nn.Linear4bit):
     """A linear module with nf4 weights that computes in `compute_dtype`, the same in training and in evaluation.
 
-    On CPUs with bf16 instructions bitsandbytes' own packs its weights anew in evaluation, for products in bf16, into a
+    On CPUs with bf16 instructions bitsandbytes' own repacks its weights in evaluation, for products in bf16, into a
     layout that training and ZeRO 3 then read wrongly.
     """
 
@@ -130,7 +130,7 @@ def elements(parameter: torch.Tensor) -> int:
 def plain_weight(module: nn.Module) -> torch.Tensor:
     """The weight that a linear module computes with: its own, or the quantised one as floating-point numbers.
 
-    Shape [out, in] (GPT-2's Conv1D: [in, out] while it is not quantised). Quantised ones are made anew by each call.
+    Shape [out, in] (GPT-2's Conv1D: [in, out] while it is not quantised). Quantised ones are dequantised by each call.
     """
     weight: Any = module.weight
     if isinstance(module, bnb.nn.Linear4bit):

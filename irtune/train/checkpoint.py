@@ -47,7 +47,7 @@ class Checkpoints:
             return None
         target = file.read_bytes()[:100].decode("utf-8", "replace").strip()
         if not STEP.fullmatch(target):
-            raise CheckpointError(f"{file} names {target!r}, which is no step folder")
+            raise CheckpointError(f"{file} names {target!r}, which is not a step folder")
         return self.folder / target
 
     def newest_whole(self) -> Path | None:
@@ -76,8 +76,8 @@ class Checkpoints:
             damages.append(f"{found[step].name}: {damage}")
         if damages or latest is not None:
             raise CheckpointError(
-                f"{self.folder} holds no checkpoint that is whole ({'; '.join(damages) or 'the latest is missing'}); "
-                "remove the folder to start anew"
+                f"{self.folder} holds no undamaged checkpoint ({'; '.join(damages) or 'the latest is missing'}); "
+                "remove the folder to start again"
             )
         return None
 
@@ -146,7 +146,7 @@ def find_damage(folder: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
         if fingerprint(file)["sha256"] != digest:
-            return f"{name} has another checksum than when it was written"
+            return f"{name} has a different checksum than when it was written"
     return None
 
 
@@ -159,10 +159,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is no readable checkpoint: {str(error)[:200]}") from error
+        raise CheckpointError(f"{folder} is not a readable checkpoint: {str(error)[:200]}") from error
     for key in ("run", "progress"):
         if not isinstance(state, dict) or not isinstance(state.get(key), dict):
-            raise CheckpointError(f"{folder} is no readable checkpoint: {STATE} has no {key!r}")
+            raise CheckpointError(f"{folder} is not a readable checkpoint: {STATE} has no {key!r}")
     return state
 
 

@@ -1,4 +1,4 @@
-"""What a run goes on from, and whether it may."""
+"""What a run resumes from, and whether it may."""
 
 import logging
 from dataclasses import dataclass
@@ -98,7 +98,7 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with another model, data, method or optimizer; names every difference."""
+    """Refuse to continue with another model, data, method or optimizer; names every difference."""
     changes = []
     for section, value in now.items():
         old = saved.get(section)

@@ -38,7 +38,7 @@ def run(config: Config) -> dict[str, Any] | None:
     A run that is finished already is not touched: its results are returned.
 
     Raises:
-        IrtuneError: for everything a user can mend. The process group is left in any case.
+        IrtuneError: for everything a user can fix. The process group is left in any case.
         StoppedError: after SIGTERM or SIGINT, when the last step is saved.
     """
     world = runtime.read_world()
@@ -99,7 +99,7 @@ def _train(setup: RunSetup, world: World, folder: Path) -> dict[str, Any]:
 
 
 def build(setup: RunSetup, world: World, folder: Path) -> Trainer:
-    """The engine and the trainer, where the run stands."""
+    """The engine and the trainer, at the step that the run has reached."""
     config, data, resumed = setup.config, setup.data, setup.resumed
     engine = _build_engine(setup)
     runtime.limit_waiting(config.run.timeout_seconds)

@@ -114,7 +114,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         corpus = read_corpus(config.data)
         class_weights(config.optim, corpus.labels)  # they fit the labels?
         digest = corpus_digest(corpus)
-    nodes.check_equal({"the corpus": digest, "the checkpoint to go on from": latest.name if latest else "none"})
+    nodes.check_equal({"the corpus": digest, "the checkpoint to continue from": latest.name if latest else "none"})
     with runtime.shared_errors():
         memory = _estimate_memory(config, settings, world, corpus)
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
@@ -211,7 +211,7 @@ def _sharded(config: Config, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def pretrained_weights(setup: RunSetup) -> dict[str, torch.Tensor]:
-    """Pretrained weights of the layers, read anew, where training overwrites them; else nothing. Collective.
+    """Pretrained weights of the layers, read again, where training overwrites them; else nothing. Collective.
 
     The best checkpoint lacks layers that first trained after it: they must be what they were before. Where ranks hold
     shares, the layers are given their weights here, one by one, and nothing is returned.

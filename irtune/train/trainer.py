@@ -56,7 +56,7 @@ class Trainer:
     # ----- the story -----
 
     def run(self) -> None:
-        """Train from where `progress` stands to `max_steps`.
+        """Train from the step that `progress` has reached to `max_steps`.
 
         Raises:
             StoppedError: after a signal, when the step is done and saved.
@@ -93,7 +93,7 @@ class Trainer:
             self._stopped_early()
 
     def _heed_signals(self) -> None:
-        """End here, saved, when a rank was told to; nothing to do when training is over anyway."""
+        """Save and end here if a rank got a signal; nothing to do when training is over anyway."""
         step = self.progress.step
         number = runtime.watch().signals.stops_after(step, self._await_step_before())
         if number is None or self._is_over():
@@ -150,7 +150,7 @@ class Trainer:
         return batches
 
     def _learning_rate(self, step: int) -> float:
-        """Of the optimizer step `step`, counted from 0."""
+        """Learning rate of optimizer step `step`, counted from 0."""
         optim = self.config.optim
         return learning_rate(
             step,
@@ -161,7 +161,7 @@ class Trainer:
         )
 
     def _count_applied_steps(self) -> None:
-        """Count the steps since the last call. Before anything that is written, chosen or told about them.
+        """Count the steps since the last call, before anything about them is written, chosen or reported.
 
         Not after each step: the host would wait for the device, which meanwhile could have begun the next.
 

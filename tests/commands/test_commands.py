@@ -163,7 +163,7 @@ def test_folders_that_are_no_finished_run(finished, tmp_path, corpus, capsys):
     for command in (["evaluate", *data], ["predict", "--input", str(corpus / "dev.jsonl"), "--output", "-"],
                     ["export", "--to", str(tmp_path / "x")]):  # fmt: skip
         assert main([*command, "--run", str(empty)]) == 2
-        assert "is no run folder" in capsys.readouterr().err
+        assert "is not a run folder" in capsys.readouterr().err
         assert main([*command, "--run", str(cut)]) == 2
         said = capsys.readouterr().err
         assert "not finished" in said and "step_6" in said and "train.py --config" in said

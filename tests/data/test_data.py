@@ -100,14 +100,14 @@ BAD = {
         r"row 1, column 'before': expected text, not the int 3",
     ),
     "list as text": ([{"before": [], "after": "a", "label": "x"}], {}, r"expected text, not the list"),
-    "null label": ([{"before": "a", "after": "a", "label": None}], {}, r"row 1, column 'label': None is no label"),
+    "null label": ([{"before": "a", "after": "a", "label": None}], {}, r"row 1, column 'label': None is not a label"),
     "all dropped": (ROWS, {"drop_labels": ["x", "y"]}, r"no rows are left without the labels"),
     "missing key": (
         [ROWS[0], {"befor": "a", "after": "b", "label": "x"}],
         {},
         r"row 2: no column 'before', which other",
     ),
-    "same id": ([{**row, "id": 1} for row in ROWS], {}, r"id '1' in column 'id' stands twice"),
+    "same id": ([{**row, "id": 1} for row in ROWS], {}, r"id '1' in column 'id' appears twice"),
 }
 
 
@@ -123,7 +123,8 @@ def test_bad_rows_are_named(tmp_path, case):
 def test_a_label_that_only_stands_in_dev(tmp_path):
     write(tmp_path, "train.jsonl", ROWS)
     write(tmp_path, "dev.jsonl", [{"before": "a", "after": "b", "label": "w"}])
-    with pytest.raises(DataError, match=r"dev.jsonl: label 'w' stands 1 times in dev but never in the training split"):
+    said = r"dev.jsonl: label 'w' occurs 1 time\(s\) in dev but never in the training split"
+    with pytest.raises(DataError, match=said):
         read_corpus(DataConfig(path=str(tmp_path)))
 
 
@@ -135,8 +136,8 @@ FILES = {
     "corrupt xlsx": ("train.xlsx", b"PK\x03\x04 nonsense", r"cannot be read as xlsx"),
     "corrupt parquet": ("train.parquet", b"PAR1", r"cannot be read as parquet"),
     "open quote": ("train.tsv", b'before\tafter\tlabel\n"a\tb\tx\nc\td\ty\n"e\tf\tx\n', r"row 2|cannot be read as tsv"),
-    "open cell": ("train.tsv", b'before\tafter\tlabel\n"a\n\tb"\tc\tx\n', r"row 2: a cell goes on over the end"),
-    "ragged csv": ("train.csv", b"before,after,label\na,b\n", r"row 2: has not 3 cells"),
+    "open cell": ("train.tsv", b'before\tafter\tlabel\n"a\n\tb"\tc\tx\n', r"row 2: a cell runs past the end"),
+    "ragged csv": ("train.csv", b"before,after,label\na,b\n", r"row 2: does not have 3 cells"),
 }
 
 

@@ -148,7 +148,7 @@ def test_categories_of_a_stream_are_texts(tmp_path):
 def test_a_hidden_class_is_not_the_last_one(tmp_path):
     path = tmp_path / "test.parquet"
     datasets.Dataset.from_list(rows([0, -1]), features=CLASSES).to_parquet(path)
-    with pytest.raises(DataError, match=r"label '-1' stands 1 times"):
+    with pytest.raises(DataError, match=r"label '-1' occurs 1 time\(s\)"):
         read_split(DataConfig(path=str(path)), "test", ["style", "clarity", "fluency"])
 
 
@@ -176,7 +176,7 @@ def test_escapes_of_a_sheet_are_characters(tmp_path, value, text):
 @pytest.mark.parametrize("label", [["x"], {"name": "x"}])
 def test_a_list_as_label_is_named_with_its_place(tmp_path, suffix, label):
     path = write(tmp_path / f"train{suffix}", rows([label, label]))
-    with pytest.raises(DataError, match=rf"train{suffix}, row 1, column 'label': .* is no label; an example has"):
+    with pytest.raises(DataError, match=rf"train{suffix}, row 1, column 'label': .* is not a label; an example has"):
         read_corpus(DataConfig(train=str(path), dev=str(path)))
     texts = write(tmp_path / f"texts{suffix}", rows("xy", before=[["a"], ["b"]]))
     with pytest.raises(DataError, match=r"row 1, column 'before': expected text, not the list \['a'\]"):

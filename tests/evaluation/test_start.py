@@ -37,7 +37,6 @@ def learnt(base, folder, **settings):
     torch.manual_seed(5)
     for _, parameter in table.all():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    table.idle.has_trained(range(table.num_layers))
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder / "adapter")
         (folder / "results.json").write_text(json.dumps({"dev": {"per_class": dict.fromkeys(LABELS)}}))

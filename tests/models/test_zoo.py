@@ -133,7 +133,6 @@ def test_settings_keep_padding_from_counting_or_are_refused(box, name):
         torch.manual_seed(1)
         for _, parameter in table.all():
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
-        table.idle.has_trained(range(table.num_layers))
         model.eval()
         with torch.no_grad():
             alone = torch.cat([model(**collate([text], zoo.PAD)).logits for text in texts])

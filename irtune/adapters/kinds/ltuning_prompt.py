@@ -1,4 +1,4 @@
-"""LT-Prompt (Kowsher et al. 2024): e(y) = G(h) stands before the text; o = C(M(e(y), e(x))). G and C train."""
+"""LT-Prompt (Kowsher et al. 2024): e(y) = G(h) precedes the text; o = C(M(e(y), e(x))). G and C train."""
 
 from typing import Any
 

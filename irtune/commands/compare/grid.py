@@ -66,7 +66,7 @@ def parse_variants(text: str) -> list[Variant]:
         method, *pairs = name.split("+")
         settings = [tuple(pair.split("=", 1)) for pair in pairs]
         if not method or any(len(pair) != 2 or not VARIANT_KEY.fullmatch(pair[0]) for pair in settings):
-            problems.append(f"--methods: {name!r} is no METHOD or METHOD+KEY=VALUE, with a KEY of the tuning section")
+            problems.append(f"--methods: {name!r} is not METHOD or METHOD+KEY=VALUE, with a KEY of the tuning section")
         else:
             variants.append(Variant(name, method, tuple((key, value) for key, value in settings)))
     problems += [f"--methods names {name!r} twice" for name in {v.name for v in variants if variants.count(v) > 1}]

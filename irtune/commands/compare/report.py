@@ -99,7 +99,7 @@ def _predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_csv(rows: Sequence[Row], file: Path) -> None:
-    """All columns, units in their names; an empty cell where there is no value."""
+    """All columns, units in their names; an empty cell if there is no value."""
     with replacing(file) as scratch, scratch.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()

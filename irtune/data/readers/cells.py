@@ -102,16 +102,16 @@ def as_label(value: Any, where: str) -> str:
     """
     name = canonical(value)
     if not isinstance(name, str):
-        raise DataError(f"{where}: {brief(value)} is no label{_hint(value)}")
+        raise DataError(f"{where}: {brief(value)} is not a label{_hint(value)}")
     reason = _flaw(name)
     if len(name) > MAX_LABEL:
         reason = f"it has {len(name):,} characters, and at most {MAX_LABEL} are accepted; is this the column of labels?"
     elif any(unicodedata.category(character) in _TURNS_TERMINALS for character in name):
         reason = "it holds control characters or line breaks"
     elif not _visible(name):
-        reason = "nothing of it can be seen"
+        reason = "it has no visible characters"
     if reason is not None:
-        raise DataError(f"{where}: {brief(name)} is no label: {reason}")
+        raise DataError(f"{where}: {brief(name)} is not a label: {reason}")
     return name
 
 
@@ -127,13 +127,13 @@ def as_name(value: Any, where: str, what: str, option: str) -> str:
     if reason is not None or not name.strip() or len(name) > 10 * MAX_LABEL:
         more = "" if reason is None else f": {reason}"
         raise DataError(
-            f"{where}: {brief(value)} is no {what}{more}; accepted: a text or a number ({option} names the column)"
+            f"{where}: {brief(value)} is an invalid {what}{more}; accepted: text or number ({option} names the column)"
         )
     return name
 
 
 def _hint(value: Any) -> str:
-    """What to do about a cell that is no label."""
+    """What to do about a cell that is not a label."""
     if isinstance(value, list | tuple | set | dict):
         return "; an example has exactly one: write it as a text or a whole number"
     if value is None or value != value:
@@ -150,7 +150,7 @@ def _flaw(text: str) -> str | None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            return "half of a surrogate pair, which is no character"
+            return "half of a surrogate pair, which is not a character"
     return None
 
 
@@ -173,11 +173,11 @@ def check_looks(names: Iterable[str], where: str) -> None:
 
 
 def check_names(names: Sequence[str], where: object) -> None:
-    """Raise a DataError when a column's name stands twice: which of the two is meant cannot be known."""
+    """Raise a DataError when a column's name appears twice: which of the two is meant cannot be known."""
     twice = [name for name, count in Counter(names).items() if count > 1 and name]
     if twice:
         count = names.count(twice[0])
-        raise DataError(f"{where}: the column {brief(twice[0])} stands there {count} times; rename all but one")
+        raise DataError(f"{where}: the column {brief(twice[0])} appears {count} times; rename all but one")
 
 
 def distinct(names: Sequence[str]) -> list[str]:

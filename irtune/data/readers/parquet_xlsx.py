@@ -24,7 +24,7 @@ def parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
     """Rows of a .parquet file, numbered from 1. Only `columns` are read.
 
     Raises:
-        DataError: for texts of more than a million characters, also where a few bytes stand for many of them.
+        DataError: for texts of more than a million characters, even if a few bytes expand to them.
     """
     import pyarrow.parquet
 

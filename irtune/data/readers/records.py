@@ -11,7 +11,7 @@ from irtune.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row that was read: its number in its file, and its label as it stands there and as `data.labels` calls it."""
+    """A row that was read: its number in its file, and its label as it is there and as `data.labels` calls it."""
 
     number: int
     id: str | None
@@ -92,7 +92,7 @@ class RecordReader:
         )
 
     def _label(self, value: object, place: str) -> tuple[str, str]:
-        """A label as it stands in the file and as it is called."""
+        """A label as it is in the file and as `data.labels` calls it."""
         if type(value) is str and value in self._labels:
             return value, self._labels[value]
         raw = as_label(value, place)

@@ -113,7 +113,7 @@ def parse_json_lines(text: str, path: str) -> NumberedRows:
     """Rows of JSON lines from `path`, which is named in errors.
 
     Raises:
-        DataError: for a line that is no JSON object.
+        DataError: for a line that is not a JSON object.
     """
     rows = ((number, _object(line, path, number)) for number, line in enumerate(text.split("\n"), 1))
     return [(number, row) for number, row in rows if row is not None]
@@ -180,10 +180,10 @@ def _csv(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
                     wanted = set(columns(header))
                     continue
                 if len(cells) != len(header):
-                    raise DataError(f"{path}, row {number}: has not {len(header)} cells like the header")
+                    raise DataError(f"{path}, row {number}: does not have {len(header)} cells like the header")
                 if tabs and any("\n" in cell or "\r" in cell for cell in cells):
                     raise DataError(
-                        f"{path}, row {number}: a cell goes on over the end of its line; close or double the quote it "
+                        f"{path}, row {number}: a cell runs past the end of its line; close or double the quote it "
                         "starts with, or save the corpus as .jsonl"
                     )
                 yield number, {name: cell for name, cell in zip(header, cells) if name in wanted}

@@ -84,10 +84,10 @@ def add_fused_kernels(model: nn.Module) -> None:
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Compile each layer by itself, with lengths that may change, in place.
 
-    A layer is compiled anew for each combination of trained or frozen, with or without an update, with or without a
+    A layer is compiled once for each combination of trained or frozen, with or without an update, with or without a
     gradient of its input, recomputed or not, training or evaluation; all layers of one kind share them.
     """
-    # By default torch goes on without compiling after 8 of them.
+    # By default torch stops compiling after 8 of them.
     torch._dynamo.config.recompile_limit = max(COMBINATIONS, torch._dynamo.config.recompile_limit)
     for layer in layers:
         layer.compile(dynamic=True)

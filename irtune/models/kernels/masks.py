@@ -32,7 +32,7 @@ def sdpa_mask_by_mark(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     if padded:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     elif padded is False and mask is not None and mask.shape[-1] == kwargs["q_length"] == kwargs["kv_length"]:
-        kwargs["attention_mask"] = None  # neither a prefix nor a cache stands before it
+        kwargs["attention_mask"] = None  # neither a prefix nor a cache precedes it
     return sdpa_mask(*args, **kwargs)
 
 

@@ -7,7 +7,7 @@ from irtune.selection.chooser import Chooser, Observation
 
 
 class CyclicChooser(Chooser):
-    """Cuts the layers into blocks of `count` neighbours and visits them in `order`; random: anew in every round."""
+    """Cuts the layers into blocks of `count` neighbours and visits them in `order`; random: redrawn every round."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
     """Layers from a list of numbers and ranges, for example "0-3,7,-1" (-1 is the last layer).
 
     Raises:
-        ValueError: with the part that is no layer of the model.
+        ValueError: with the part that is not a layer of the model.
     """
     layers: list[int] = []
     for part in text.split(","):
@@ -36,7 +36,7 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
         try:
             start, stop = (int(first), int(last)) if dash and first else (int(piece), int(piece))
         except ValueError:
-            raise ValueError(f"{piece!r} is no layer and no range of layers") from None
+            raise ValueError(f"{piece!r} is neither a layer nor a range of layers") from None
         start, stop = (number + num_layers if number < 0 else number for number in (start, stop))
         if not 0 <= start <= stop < num_layers:
             raise ValueError(f"{piece!r} is outside the layers 0 to {num_layers - 1}")

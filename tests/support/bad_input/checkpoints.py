@@ -94,11 +94,11 @@ def pointer(content: bytes, *, keep: bool = False):
     return change
 
 
-NONE_WHOLE = "holds no checkpoint that is whole (...); remove the folder to start anew"
+NONE_WHOLE = "holds no undamaged checkpoint (...); remove the folder to start again"
 CASES = [
-    Case("a flipped bit in the adapters", checkpoint(flipped(TRAINABLE)), "step_1: ... has another checksum than when it was written"),
-    Case("a flipped bit in the optimizer's state", checkpoint(flipped(OPTIMIZER)), "has another checksum than when it was written"),
-    Case("a flipped bit in state.json", checkpoint(flipped(STATE)), "has another checksum than when it was written"),
+    Case("a flipped bit in the adapters", checkpoint(flipped(TRAINABLE)), "step_1: ... has a different checksum than when it was written"),
+    Case("a flipped bit in the optimizer's state", checkpoint(flipped(OPTIMIZER)), "has a different checksum than when it was written"),
+    Case("a flipped bit in state.json", checkpoint(flipped(STATE)), "has a different checksum than when it was written"),
     Case("a file that is cut", checkpoint(cut(TRAINABLE)), "trainable.safetensors has ... bytes, not ..."),
     Case("a file that is missing", checkpoint(lambda step: (step / OPTIMIZER).unlink()), "optimizer.safetensors is missing"),
     Case("a checkpoint without manifest", checkpoint(lambda step: (step / MANIFEST).unlink()), "manifest.json cannot be read (...)"),
@@ -116,9 +116,9 @@ CASES = [
     Case("a step that is a link to another folder", checkpoint(linked), "is a link"),
     Case("a file of a checkpoint that is a link", checkpoint(linked_file), "is a link"),
     Case("a step whose number is no number", checkpoint(odd_number), NONE_WHOLE),
-    Case("a state.json that is a list", checkpoint(signed(STATE, "[]")), "is no readable checkpoint: ..."),
-    Case("a state.json of 100,000 brackets", checkpoint(signed(STATE, DEEP)), "is no readable checkpoint: ..."),
-    Case("a state.json without the run's settings", checkpoint(signed(STATE, "{}")), "is no readable checkpoint: ..."),
+    Case("a state.json that is a list", checkpoint(signed(STATE, "[]")), "is not a readable checkpoint: ..."),
+    Case("a state.json of 100,000 brackets", checkpoint(signed(STATE, DEEP)), "is not a readable checkpoint: ..."),
+    Case("a state.json without the run's settings", checkpoint(signed(STATE, "{}")), "is not a readable checkpoint: ..."),
     Case("a checkpoint of another run", checkpoint(lambda step: None), "cannot be continued: ..."),
     Case("a folder to resume that is not there", checkpoint(lambda step: None, resume="step_9"), "run.resume is ...; accepted: auto, never, or a checkpoint folder"),
     Case("a folder to resume that is damaged", checkpoint(flipped(STATE), resume="step_1"), "is damaged: ..."),

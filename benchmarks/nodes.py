@@ -26,7 +26,7 @@ CABLES = (("plain", 0.0, 0.0), ("20 ms there and back", 0.01, 0.0), ("1 % lost",
 
 def measure(stage: int, delay: float, loss: float, last: int) -> dict[str, Any]:
     """One run on two nodes; counts from the end of step 2 to that of step `last`. Losses are of all these steps."""
-    from tests import hosts, rank_server, tiny
+    from tests.support import hosts, rank_server, tiny
     from tests.support.node_jobs import count_traffic
     from tests.support.runs import losses
 

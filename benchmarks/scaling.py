@@ -1,4 +1,4 @@
-"""Bytes and time of a step on paper, for Llama 3.1 8B and 70B on 8 to 512 GPUs: the table of docs/scaling.md.
+"""Bytes and time of a step on paper, for Llama 3.1 8B and 70B on 8 to 512 GPUs: the table of benchmarks/README.md.
 
     python benchmarks/scaling.py
 

@@ -1,4 +1,4 @@
-"""The page of all options, made from the dataclasses, their checks and the presets, so that it says what they do.
+"""The page of all options, made from the dataclasses, the declarations and the presets, so that it says what they do.
 
 python docs/make_configuration.py > docs/configuration.md
 """
@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import itertools
 import json
-import re
 import sys
 import textwrap
 import types
@@ -16,11 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from irtune.config import schema  # noqa: E402
-from irtune.config.checks import ADAPTER_TYPES, check_config  # noqa: E402
+from irtune.config.declarations import adapter_kinds, methods  # noqa: E402
 from irtune.config.deepspeed_json import KNOBS, RECIPE_ONLY  # noqa: E402
-from irtune.config.load import SECTIONS  # noqa: E402
-from irtune.config.presets import MODELS, PRESETS, fill_presets  # noqa: E402
-from irtune.config.schema import Config  # noqa: E402
+from irtune.config.limits import OneOf, Range  # noqa: E402
+from irtune.config.presets import MODELS, choices, fill_presets  # noqa: E402
+from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type  # noqa: E402
 
 INTRODUCTION = """\
 # Configuration
@@ -72,8 +71,6 @@ These belong elsewhere and are refused:
 |---|---|
 """
 WIDTH = 120
-# Two choices that together fill in what neither does alone.
-TOGETHER = ({"tuning.method": "lisa", "adapter.type": "none"},)
 WORDS: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
 PLURALS: dict[Any, str] = {str: "texts", int: "whole numbers", float: "numbers"}
 
@@ -102,8 +99,21 @@ def _field(section: Any, name: str) -> dataclasses.Field:
 def _row(section: str, field: dataclasses.Field) -> str:
     key = f"{section}.{field.name}" if section else field.name
     owner = SECTIONS[section] if section else Config
-    cells = (f"`{key}`", _accepted(key, field), f"`{_plain(_default(field))}`", _escaped(_meanings(owner)[field.name]))
+    meaning = _meanings(owner)[field.name] + _declared(key)
+    cells = (f"`{key}`", _accepted(key), f"`{_plain(_default(field))}`", _escaped(meaning))
     return f"| {' | '.join(cells)} |"
+
+
+def _declared(key: str) -> str:
+    """What adapter types and methods say of themselves."""
+    said = {
+        "adapter.type": [f"{name}: {kind.summary}" for name, kind in adapter_kinds().items()],
+        "tuning.method": [
+            f"{name}: {method.summary}" + (f" (budget {method.budget})" if method.budget else "")
+            for name, method in methods().items()
+        ],
+    }
+    return f" {'; '.join(said[key])}." if key in said else ""
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -125,25 +135,22 @@ def _meanings(section: type) -> dict[str, str]:
     return meanings
 
 
-def _accepted(key: str, field: dataclasses.Field) -> str:
-    """Type and range of a key, in words."""
-    if key == "adapter.type":  # one for each file in adapters/kinds, so no Literal
-        return ", ".join(f"`{name}`" for name in ADAPTER_TYPES)
-    kinds = get_args(field.type) if get_origin(field.type) in (Union, types.UnionType) else (field.type,)
-    words = [_words(key, kind) for kind in kinds if kind is not types.NoneType]
-    limits = _limits(key, kinds)
-    if limits is not None and "number" in limits:  # says the type as well
-        words, limits = [limits], None
-    text = " or ".join(words) + (", or `null`" if types.NoneType in kinds else "")
-    return _escaped(f"{text}; {limits}" if limits is not None else text)
+def _accepted(key: str) -> str:
+    """Type and limit of a key, in words."""
+    kind, limit = declared_type(key), declared_limit(key)
+    if isinstance(limit, OneOf):
+        return ", ".join(f"`{name}`" for name in limit.names())
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    words = " or ".join(_words(kind) for kind in kinds if kind is not types.NoneType)
+    if isinstance(limit, Range):  # says the type as well
+        words, limit = limit.words, None
+    text = words + (", or `null`" if types.NoneType in kinds else "")
+    return _escaped(f"{text}; {limit.words}" if limit is not None else text)
 
 
-def _words(key: str, kind: Any) -> str:
+def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        values = {value: f"`{value}`" for value in get_args(kind)}
-        refused = [value for value in values if _complaint(key, value) is not None]
-        known = ", ".join(text for value, text in values.items() if value not in refused)
-        return f"{known} (not yet: {', '.join(values[value] for value in refused)})" if refused else known
+        return ", ".join(f"`{value}`" for value in get_args(kind))
     if get_origin(kind) is list:
         return f"list of {PLURALS[get_args(kind)[0]]}"
     if get_origin(kind) is dict:
@@ -151,31 +158,9 @@ def _words(key: str, kind: Any) -> str:
     return WORDS[kind]
 
 
-def _limits(key: str, kinds: tuple[Any, ...]) -> str | None:
-    """What the checks of the configuration say about a value that is out of any range, or None."""
-    probes: dict[Any, Any] = {int: -1, float: -1.0, str: "?", list: [-1]}
-    for kind in kinds:
-        probe = probes.get(get_origin(kind) or kind)
-        complaint = None if probe is None or kind == list[str] else _complaint(key, probe)
-        if complaint is not None:
-            return complaint
-    return None
-
-
-def _complaint(key: str, value: Any) -> str | None:
-    """What is accepted instead of `value`, when the checks refuse it."""
-    section, _, name = key.rpartition(".")
-    if not section:
-        return None
-    config = dataclasses.replace(Config(), **{section: SECTIONS[section](**{name: value})})
-    said = (re.match(rf"{re.escape(key)} is .*accepted[^:]*: (.+)$", problem) for problem in check_config(config))
-    return next((match[1] for match in said if match), None)
-
-
 def _presets() -> str:
-    choices = [{key: name} for key, name in PRESETS] + [dict(choice) for choice in TOGETHER]
     rows = []
-    for choice in choices:
+    for choice in choices():
         filled = {key: value for key, value in fill_presets(choice).items() if key not in choice}
         rows.append(f"| {_settings(choice)} | {_settings(filled)} |")
     models = [f"| `{name}` | {hub} |" for name, hub in MODELS.items()]

@@ -1,13 +1,12 @@
-"""Entry points: errors that a user can mend become one message and exit status 2, without a traceback."""
+"""Entry points: errors that a user can fix become one message and exit status 2, without a traceback."""
 
 import difflib
 import importlib
-import logging
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 
+from irtune import console
 from irtune.commands import COMMANDS
 from irtune.config import load_config
 from irtune.distributed import environment
@@ -21,7 +20,7 @@ BY_SIGNAL = 128  # plus the signal's number
 
 def train(arguments: Sequence[str]) -> int:
     """Run `train.py` with `arguments`; returns the exit status."""
-    _quiet_libraries()
+    console.quiet_libraries()
     show_traceback = any(argument.startswith("--run.traceback") for argument in arguments)
     try:
         config = load_config(arguments)
@@ -34,7 +33,7 @@ def train(arguments: Sequence[str]) -> int:
         return _user_error(error, show_traceback)
     except StoppedError as stop:
         if environment.variable("RANK", "0") == "0":
-            sys.stderr.write(f"{stop}; the checkpoint is written, and the same command goes on from it\n")
+            sys.stderr.write(f"{stop}; the checkpoint is written, and the same command continues from it\n")
         return BY_SIGNAL + stop.signal
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -56,9 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         sys.stderr.write(f"error: unknown command {name!r}{hint}\n{_usage()}")
         return USER_ERROR
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("irtune").setLevel(logging.INFO if environment.variable("RANK", "0") == "0" else logging.ERROR)
-    _quiet_libraries()
+    console.let_speak(is_main=environment.variable("RANK", "0") == "0")
+    console.quiet_libraries()
     try:
         return importlib.import_module(f"irtune.commands.{COMMANDS[name][0]}").main(rest)
     except IrtuneError as error:
@@ -67,18 +65,9 @@ def main(arguments: Sequence[str]) -> int:
         return INTERRUPTED
 
 
-def _quiet_libraries() -> None:
-    """Libraries' notes to each other are not for users, and stdout must be nothing but JSON where that is asked for."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels that are not used here
-    # A filter: DeepSpeed sets its logger's level itself when it is imported.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    environment.set_default("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 def _usage() -> str:
     lines = [f"  {name.ljust(14)}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(["usage: python -m irtune COMMAND ... (COMMAND --help says more)", "", *lines, ""])
+    return "\n".join(["usage: python -m irtune COMMAND ... (COMMAND --help has more)", "", *lines, ""])
 
 
 def _user_error(error: IrtuneError, show_traceback: bool) -> int:

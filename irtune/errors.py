@@ -4,9 +4,12 @@ Everything a user can cause is an `IrtuneError`: one clear sentence, the offendi
 line prints it without a traceback. A bug in irtune stays an ordinary exception with its traceback.
 """
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
+
+from irtune.redaction import redact
 
 
 class IrtuneError(Exception):
@@ -70,14 +73,27 @@ class TrainingError(IrtuneError):
 
 
 _SHORT = reprlib.Repr()
-
-
 _SHORT.maxstring = _SHORT.maxother = 120
-
-
 _SHORT.maxlist = _SHORT.maxdict = 8
 
 
 def brief(value: Any) -> str:
     """`repr` of a value of any size, in one line."""
     return _SHORT.repr(value[:200] if isinstance(value, bytes) else value)
+
+
+LONGEST = 1_000  # characters of another library's sentence
+
+
+def one_line(error: object, most: int = 400) -> str:
+    """What another library says, without passwords, in one line: its first sentences, up to `most` characters.
+
+    A first sentence that is longer stays whole, up to `LONGEST` characters.
+    """
+    text = redact(" ".join(str(error).split())) or type(error).__name__
+    if len(text) <= most:
+        return text
+    ends = [match.end(1) for match in re.finditer(r"([.!?:;])(?= )", text)]
+    fitting = [end for end in ends if end <= most]
+    end = fitting[-1] if fitting else ends[0] if ends else len(text)
+    return text[:end].rstrip(":;") if end <= LONGEST else f"{text[:LONGEST]}..."

@@ -3,9 +3,10 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,10 @@ from safetensors import SafetensorError
 from irtune.errors import OutputError
 
 
-def remove_oldest(folder: Path, entries: int) -> None:
-    """Keep the `entries` files and folders in `folder` that were used last.
-
-    Raises:
-        OSError: when the folder cannot be listed. Another run may remove entries at the same time.
-    """
-    used = {}
-    for entry in folder.iterdir():
-        with contextlib.suppress(OSError):
-            used[entry] = entry.stat().st_mtime
-    for entry in sorted(used, key=used.__getitem__, reverse=True)[entries:]:
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-
-
 def fingerprint(file: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
     with file.open("rb") as content:
-        while block := content.read(2**20):
-            digest.update(block)
+        digest = hashlib.file_digest(content, "sha256")
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
@@ -49,6 +31,30 @@ def writing(what: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {what}: {getattr(error, 'strerror', None) or error}") from error
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path`, with its suffix, for a file or folder that takes its place when the block ends.
+
+    Where the block fails, `path` is as before and nothing else is left.
+    """
+    scratch = path.with_name(f".{path.name}")
+    _remove(scratch)  # of a process that was killed
+    try:
+        yield scratch
+        if scratch.is_file():
+            flush(scratch)
+        os.replace(scratch, path)
+    finally:
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def flush(file: Path) -> None:
     """Force a file or folder to the disk."""
     descriptor = os.open(file, os.O_RDONLY)
@@ -58,8 +64,31 @@ def flush(file: Path) -> None:
         os.close(descriptor)
 
 
+def to_json(value: Any, indent: int | None = None, *, other: Callable[[Any], Any] | None = None) -> str:
+    """JSON text of `value`. NaN and infinities, for which JSON has no words, become null.
+
+    `other` makes something of values that JSON does not have, such as dates; without it they are a TypeError.
+    """
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=other)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=other)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, complete or not at all."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", newline="")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path`, complete or not at all."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    """Write `value` to `path` as indented JSON, complete or not at all."""
+    write_text(path, to_json(value, indent=2) + "\n")

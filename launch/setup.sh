@@ -55,7 +55,7 @@ fetch_model() {
 }
 
 if [[ -n ${IRTUNE_DATA:-} ]]; then
-    [[ -d $IRTUNE_DATA ]] || { echo "error: IRTUNE_DATA is '$IRTUNE_DATA', which is no folder" >&2; exit 2; }
+    [[ -d $IRTUNE_DATA ]] || { echo "error: IRTUNE_DATA is '$IRTUNE_DATA', which is not a folder" >&2; exit 2; }
     IRTUNE_DATA=$(cd "$IRTUNE_DATA" && pwd) # whatever folder is entered later
     export IRTUNE_DATA
 fi

@@ -9,7 +9,7 @@ logdir=$run/tensorboard
 if [[ ! -d $logdir ]]; then
     logdir=$run # a folder of runs, as compare writes it
     [[ -n $(find "$run" -type d -name tensorboard -print -quit 2>/dev/null) ]] || {
-        echo "error: $run is no run folder: there is no tensorboard/ in it" >&2
+        echo "error: $run is not a run folder: there is no tensorboard/ in it" >&2
         exit 2
     }
 fi

@@ -32,6 +32,12 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a byte-level tokenizer, which splits the marks of a diff."""
+    return tiny.save_model(tmp_path_factory.mktemp("bpe"), tokenizer=tiny.byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_corpus(tmp_path_factory.mktemp("corpus"))
 

@@ -173,9 +173,9 @@ def _irtune(folder: Path, case: Case, device: str, meter: Meter) -> dict[str, An
     classifier = load_classifier(config.model, LABELS)
     meter.loaded(classifier.model)
     network, table = add_adapters(classifier, config.adapter)
-    table.idle.has_trained(range(table.num_layers))  # as late in a run: no update is left out
     park = config.tuning.deselected_state == "offload"
     engine = Engine(network, table, config.optim, settings, park=park, recompute=case.checkpointing)
+    engine.idle.has_trained(range(table.num_layers))  # as late in a run: no update is left out
     weights, loading = meter.now, meter.peak
     meter.reset()
     chooser = build_chooser(config.tuning, table.num_layers, 0)
@@ -194,7 +194,7 @@ def _irtune(folder: Path, case: Case, device: str, meter: Meter) -> dict[str, An
 
     engine.module.train()
     if chooser.needs_scores:
-        with engine.recompute.scoring(), scoring(1.0):
+        with engine.reaching_all_layers(), scoring(1.0):
             engine.probe(batch, backward=True)
     choose()
     before = meter.now
@@ -203,7 +203,7 @@ def _irtune(folder: Path, case: Case, device: str, meter: Meter) -> dict[str, An
     del loss
     for number in range(2 * STEPS):
         if number == STEPS and chooser.needs_scores:
-            with engine.recompute.scoring(), scoring(engine.gradient_factor):
+            with engine.reaching_all_layers(), scoring(engine.gradient_factor):
                 engine.forward_backward(batch)
         else:
             engine.forward_backward(batch)

@@ -9,7 +9,7 @@ Sides: a irtune ir, b irtune full, c transformers Trainer + peft at its best, d 
 data.max_length, e a bare PyTorch loop over b's batches, f the matrix products of a's steps alone. All are built once
 and take turns; a turn makes steps that stand for an epoch (its batches at even quantiles of length). g, if it is asked
 for: c with transformers' eager attention, the fastest for short texts on a CPU and the slowest on a GPU. Results go to
-benchmarks/results/speed-DEVICE.json, with a picture beside it, and a table to standard output. docs/performance.md
+benchmarks/results/speed-DEVICE.json, with a picture beside it, and a table to standard output. benchmarks/README.md
 says how to read them.
 """
 

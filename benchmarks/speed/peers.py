@@ -23,7 +23,7 @@ from benchmarks.speed.turns import Clock, Turn, chosen_steps, counted, watch_bat
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
 from irtune.models.classifier import load_tokenizer
-from irtune.train.setup import Plans
+from irtune.train.setup import RunSetup
 
 # Number formats to choose from: weights, autocast to bf16, and whether adapters are fp32 as peft makes them.
 FORMATS: dict[str, dict[str, Any]] = {
@@ -34,11 +34,11 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-def formats(plans: Plans, world: World) -> list[str]:
+def formats(setup: RunSetup, world: World) -> list[str]:
     """Those that are worth a try: a model in fp32 stays so, and bf16 weights need not fit twice on a GPU."""
-    if plans.config.model.dtype == "float32":
+    if setup.config.model.dtype == "float32":
         return ["fp32"]
-    one_size = world.device.type == "cuda" or plans.config.model.quantization != "none"
+    one_size = world.device.type == "cuda" or setup.config.model.quantization != "none"
     return [name for name in FORMATS if name != "fp32" and not (one_size and name.startswith("fp32"))]
 
 
@@ -64,9 +64,9 @@ class _Chosen(Trainer):
         return list(super()._get_train_sampler())  # type: ignore[arg-type]
 
 
-def build_model(plans: Plans, world: World, form: dict[str, Any], attention: str) -> nn.Module:
+def build_model(setup: RunSetup, world: World, form: dict[str, Any], attention: str) -> nn.Module:
     """A classifier with peft's LoRA in all layers, as its documentation has it."""
-    config, on_gpu = plans.config, world.device.type == "cuda"
+    config, on_gpu = setup.config, world.device.type == "cuda"
     options: dict[str, Any] = {}
     if config.model.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -80,13 +80,13 @@ def build_model(plans: Plans, world: World, form: dict[str, Any], attention: str
         str(Path(config.model.name_or_path).expanduser()),
         dtype=form["dtype"],
         attn_implementation=attention,
-        num_labels=len(plans.corpus.labels),
+        num_labels=len(setup.data.corpus.labels),
         ignore_mismatched_sizes=True,
         device_map={"": world.local_rank if on_gpu else "cpu"},
         **options,
     )
     model.config.use_cache = False
-    model.config.pad_token_id = plans.pad_token_id
+    model.config.pad_token_id = setup.data.pad_token_id
     adapter = config.adapter
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
@@ -102,14 +102,14 @@ class Peft:
     """transformers Trainer + peft; `padded`: every example to data.max_length, in random order. sdpa is its default."""
 
     def __init__(
-        self, plans: Plans, world: World, folder: Path, form: str, *, padded: bool = False, attention: str = "sdpa"
+        self, setup: RunSetup, world: World, folder: Path, form: str, *, padded: bool = False, attention: str = "sdpa"
     ):
-        config, self.world, self.turns = plans.config, world, 0
+        config, self.world, self.turns = setup.config, world, 0
         self.clock = Clock(world.device)
-        self.lengths = [len(item["input_ids"]) for item in plans.encoded["train"]]
+        self.lengths = [len(item["input_ids"]) for item in setup.data.encoded["train"]]
         self.width = config.data.max_length if padded else None
         runtime.seed_everything(config.run.seed, deterministic=False)
-        model = build_model(plans, world, FORMATS[form], attention)
+        model = build_model(setup, world, FORMATS[form], attention)
         optim, on_gpu = config.optim, world.device.type == "cuda"
         tokenizer = load_tokenizer(config.model)
         hidden = without_launcher(world)
@@ -140,14 +140,14 @@ class Peft:
         self.trainer = _Chosen(
             model=model,
             args=arguments,
-            train_dataset=self._dataset(plans, "train"),
+            train_dataset=self._dataset(setup, "train"),
             data_collator=DataCollatorWithPadding(tokenizer, **padding),
             processing_class=tokenizer,
             callbacks=[_Ticks(self.clock)],
         )
         self.trainer.remove_callback(PrinterCallback)
         os.environ.update(hidden)
-        self.dev = self._dataset(plans, "dev")
+        self.dev = self._dataset(setup, "dev")
         self.trainer.side = self
         self.taken: list[list[list[int]]] = []
         self.epoch = self._epoch(optim.micro_batch_size, world.size * optim.gradient_accumulation_steps)
@@ -158,8 +158,8 @@ class Peft:
         return self.trainer.model
 
     @staticmethod
-    def _dataset(plans: Plans, split: str) -> list[dict[str, Any]]:
-        rows = zip(plans.encoded[split], plans.corpus.splits[split])
+    def _dataset(setup: RunSetup, split: str) -> list[dict[str, Any]]:
+        rows = zip(setup.data.encoded[split], setup.data.corpus.splits[split])
         return [{**encoded, "labels": example.label} for encoded, example in rows]
 
     def _epoch(self, rows: int, per_step: int) -> list[list[list[int]]]:
@@ -198,11 +198,11 @@ class Peft:
         gc.collect()
 
 
-def fastest_format(plans: Plans, world: World, folder: Path, steps: int) -> dict[str, float]:
+def fastest_format(setup: RunSetup, world: World, folder: Path, steps: int) -> dict[str, float]:
     """Seconds per step of each number format, the fastest first; all on the same batches."""
     seconds = {}
-    for form in formats(plans, world):
-        side = Peft(plans, world, folder, form)
+    for form in formats(setup, world):
+        side = Peft(setup, world, folder, form)
         turn = side.turn(1, steps)
         mine = torch.tensor([sum(turn.seconds) / steps], device=world.device)
         seconds[form] = float(max(runtime.all_gather(mine)))

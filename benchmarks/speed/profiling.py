@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.sides import Irtune, tensors
+from benchmarks.speed.sides import Irtune
 from benchmarks.speed.turns import Turn
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
@@ -19,11 +19,13 @@ def selection_cost(side: Irtune, turns: list[Turn], world: World) -> dict[str, A
 
     A middling batch is trained on with and without scoring, in turn; weights stay, since the learning rate is 0.
     """
-    trainer, layers, plan = side.trainer, side.trainer.layers, side.plans.plan
+    trainer, layers, sampler = side.trainer, side.trainer.layers, side.setup.data.sampler
     steps = range(trainer.progress.step + 1, trainer.progress.step + 10_000)
     due = next((step for step in steps if layers.is_due(step)), None)
-    batches = sorted((batches[world.rank] for batches in plan.taken), key=lambda b: max(plan.lengths[i] for i in b))
-    batch = tensors(side.plans, batches[len(batches) // 2], world.device)
+    batches = sorted(
+        (batches[world.rank] for batches in sampler.taken), key=lambda b: max(sampler.lengths[i] for i in b)
+    )
+    batch = side.setup.data.batch(batches[len(batches) // 2])
     took: dict[bool, list[float]] = {False: [], True: []}
     for number in range(2 + 2 * PAIRS if due else 0):
         scored = number % 2 == 1
@@ -39,7 +41,7 @@ def selection_cost(side: Irtune, turns: list[Turn], world: World) -> dict[str, A
     layers.scores.reset()
     plain, scoring = (statistics.median(took[scored][1:] or [0.0]) for scored in (False, True))
     selecting = statistics.median([record["seconds"] for record in side.selections[1:]] or [0.0])
-    interval = side.plans.config.tuning.interval
+    interval = side.setup.config.tuning.interval
     step_seconds = statistics.median(sum(turn.seconds) / len(turn.seconds) for turn in turns)
     return {
         "interval": interval,

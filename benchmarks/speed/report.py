@@ -15,7 +15,7 @@ import torch
 from benchmarks.speed.turns import Turn
 from irtune.config import Config
 from irtune.distributed.runtime import World
-from irtune.train.setup import Plans
+from irtune.train.setup import RunSetup
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate")
@@ -32,7 +32,7 @@ NAMES = {
 SAME = ("device", "model", "adapter", "batch", "arguments", "threads", "ranks", "steps")
 
 
-def setting(job: dict[str, Any], config: Config, world: World, plans: Plans) -> dict[str, Any]:
+def setting(job: dict[str, Any], config: Config, world: World, setup: RunSetup) -> dict[str, Any]:
     """Where and on what the figures were measured; no path of the machine."""
     on_gpu = world.device.type == "cuda"
     optim, adapter = config.optim, config.adapter
@@ -49,8 +49,8 @@ def setting(job: dict[str, Any], config: Config, world: World, plans: Plans) -> 
                     "targets": adapter.target_modules},
         "corpus": {
             "name": Path(config.data.path).name,
-            "examples": len(plans.encoded["train"]),
-            "mean_tokens": statistics.mean(plans.plan.lengths),
+            "examples": len(setup.data.encoded["train"]),
+            "mean_tokens": statistics.mean(setup.data.sampler.lengths),
             "max_length": config.data.max_length,
         },
         "batch": {"micro": optim.micro_batch_size, "accumulation": optim.gradient_accumulation_steps,

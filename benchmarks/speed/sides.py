@@ -8,43 +8,36 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.turns import Batches, ChosenPlan, Clock, Turn, counted, watch_batches
+from benchmarks.speed.turns import Batches, ChosenSteps, Clock, Turn, counted, watch_batches
 from irtune.config import Config
-from irtune.data import collate
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
 from irtune.engine.losses import build_loss
 from irtune.train import run as app
-from irtune.train.setup import Plans, engine_settings, prepare
+from irtune.train.setup import RunSetup, engine_settings, prepare
 
 
-def plans_for(config: Config, world: World, evaluated: int) -> Plans:
+def setup_for(config: Config, world: World, evaluated: int) -> RunSetup:
     """irtune's reading of model and corpus; the dev split is cut to a random `evaluated` examples."""
     settings = engine_settings(config, world)
     runtime.seed_everything(config.run.seed, deterministic=False)
-    plans = prepare(config, settings, world, Path(config.run.output_dir))
-    plans.plan = ChosenPlan(plans.plan)  # type: ignore[assignment]
-    count = len(plans.encoded["dev"])
+    setup = prepare(config, settings, world, Path(config.run.output_dir))
+    data = setup.data
+    data.sampler = ChosenSteps(data.sampler)  # type: ignore[assignment]
+    count = len(data.encoded["dev"])
     kept = sorted(random.Random(0).sample(range(count), min(evaluated, count)))
-    plans.corpus.splits["dev"] = [plans.corpus.splits["dev"][i] for i in kept]
-    plans.encoded["dev"] = [plans.encoded["dev"][i] for i in kept]
-    return plans
-
-
-def tensors(plans: Plans, positions: list[int], device: torch.device) -> dict[str, torch.Tensor]:
-    """A micro-batch of training examples."""
-    train, encoded = plans.corpus.splits["train"], plans.encoded["train"]
-    chosen, labels = [encoded[i] for i in positions], [train[i].label for i in positions]
-    return collate(chosen, plans.pad_token_id, labels, device)
+    data.corpus.splits["dev"] = [data.corpus.splits["dev"][i] for i in kept]
+    data.encoded["dev"] = [data.encoded["dev"][i] for i in kept]
+    return setup
 
 
 class Irtune:
     """Sides a and b: irtune's own trainer, whose last step is put off from turn to turn."""
 
     def __init__(self, config: Config, world: World, evaluated: int):
-        self.plans = plans_for(config, world, evaluated)
+        self.setup = setup_for(config, world, evaluated)
         self.clock, self.turns = Clock(world.device), 0
-        self.trainer = app.build(self.plans, world, Path(config.run.output_dir))
+        self.trainer = app.build(self.setup, world, Path(config.run.output_dir))
         # Between turns nothing is evaluated or saved.
         assert hasattr(self.trainer, "_evaluate_and_save")
         self.trainer._evaluate_and_save = types.MethodType(lambda trainer: None, self.trainer)  # type: ignore
@@ -72,9 +65,9 @@ class Irtune:
 
     def turn(self, warm_up: int, steps: int, *, digests: bool = False) -> Turn:
         """Go on training for `warm_up` + `steps` steps."""
-        taken = self.plans.plan.add_turn(warm_up, steps, self.turns)  # type: ignore[attr-defined]
+        taken = self.setup.data.sampler.add_turn(warm_up, steps, self.turns)  # type: ignore[attr-defined]
         self.turns += 1
-        self.trainer.max_steps = len(self.plans.plan.taken)  # type: ignore[attr-defined]
+        self.trainer.data.max_steps = len(self.setup.data.sampler.taken)  # type: ignore[attr-defined]
         seen, known = ([] if digests else None), len(self.records)
         self._selected, self._adapted = [], []
         unwatch = watch_batches(self.trainer.engine.module, seen)
@@ -85,7 +78,7 @@ class Irtune:
         turn = self.clock.turn()
         turn.losses, turn.digests = losses, seen or []
         turn.selected, turn.adapted = self._selected[warm_up:], self._adapted[warm_up:]
-        lengths, timed = self.plans.plan.lengths, taken[warm_up:]
+        lengths, timed = self.setup.data.sampler.lengths, taken[warm_up:]
         mine = [batches[runtime.rank() :: runtime.launched_world_size()] for batches in timed]
         turn.shapes = [[(len(batch), max(lengths[i] for i in batch)) for batch in batches] for batches in mine]
         return counted(turn, timed, lengths)
@@ -95,25 +88,24 @@ class Irtune:
         runtime.barrier()
         started = time.perf_counter()
         examples = len(self.trainer.predict("dev").labels)
-        return examples, self.trainer.evaluation_batch, time.perf_counter() - started
+        return examples, self.trainer.data.evaluation_batch, time.perf_counter() - started
 
     def close(self) -> None:
         """Free the model."""
         self.trainer.tracker.close()
         self.trainer.engine.close()
-        del self.trainer, self.plans
+        del self.trainer, self.setup
 
 
 class Bare:
     """Side e: a plain loop over irtune's batches with its model, LoRA in all layers training."""
 
-    def __init__(self, plans: Plans, world: World):
-        self.plans, self.world, self.clock, self.turns = plans, world, Clock(world.device), 0
-        self.model = plans.model.to(world.device)
-        plans.table.set_trainable(list(range(plans.table.num_layers)))
-        self.parameters = [parameter for _, parameter in plans.table.all()]
-        optim, labels = plans.config.optim, [example.label for example in plans.corpus.splits["train"]]
-        self.loss = build_loss(optim, [labels.count(c) for c in range(len(plans.corpus.labels))], world.device)
+    def __init__(self, setup: RunSetup, world: World):
+        self.setup, self.world, self.clock, self.turns = setup, world, Clock(world.device), 0
+        self.model, table, optim = setup.model.module.to(world.device), setup.model.table, setup.config.optim
+        table.set_trainable(list(range(table.num_layers)))
+        self.parameters = [parameter for _, parameter in table.all()]
+        self.loss = build_loss(optim, setup.data.label_counts(), world.device)
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=optim.lr,
@@ -125,7 +117,7 @@ class Bare:
 
     def turn(self, warm_up: int, steps: int, *, digests: bool = False) -> Turn:
         """Go on training for `warm_up` + `steps` steps."""
-        taken = self.plans.plan.add_turn(warm_up, steps, self.turns)  # type: ignore[attr-defined]
+        taken = self.setup.data.sampler.add_turn(warm_up, steps, self.turns)  # type: ignore[attr-defined]
         self.turns += 1
         seen: list[int] | None = [] if digests else None
         unwatch = watch_batches(self.model, seen)
@@ -139,20 +131,20 @@ class Bare:
         means = runtime.all_reduce(torch.stack(losses)) / self.world.size
         turn = self.clock.turn()
         turn.losses, turn.digests = means.tolist(), seen or []
-        return counted(turn, taken[warm_up:], self.plans.plan.lengths)
+        return counted(turn, taken[warm_up:], self.setup.data.sampler.lengths)
 
     def _step(self, mine: Batches) -> torch.Tensor:
         total = 0.0
         for positions in mine:
-            batch = tensors(self.plans, positions, self.world.device)
+            batch = self.setup.data.batch(positions)
             labels = batch.pop("labels")
             loss = self.loss(self.model(**batch).logits, labels) / len(mine)
             loss.backward()
             total += loss.detach()
         if self.world.size > 1:
             self._average()
-        if self.plans.config.optim.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.plans.config.optim.max_grad_norm)
+        if self.setup.config.optim.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.setup.config.optim.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total  # type: ignore[return-value]
@@ -165,4 +157,4 @@ class Bare:
 
     def close(self) -> None:
         """Free the model."""
-        del self.model, self.optimizer, self.parameters, self.plans
+        del self.model, self.optimizer, self.parameters, self.setup

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory.cases import Meter as TensorMeter
-from irtune.data import BatchPlan
+from irtune.data import BatchSampler
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
 
@@ -140,19 +140,19 @@ def chosen_steps(epoch: list[Batches], lengths: Sequence[int], warm_up: int, ste
     return [epoch[i] for i in [*warming, *spread(sizes, steps, offset, turn)]]
 
 
-class ChosenPlan:
-    """Stands for irtune's plan of batches, and takes the turns' steps out of its first epoch."""
+class ChosenSteps:
+    """Stands for irtune's sampler of batches, and takes the turns' steps out of its first epoch."""
 
-    def __init__(self, plan: BatchPlan):
-        self.plan, self.taken = plan, []
-        self.epoch = [plan.step(step) for step in range(plan.steps_per_epoch)]
+    def __init__(self, sampler: BatchSampler):
+        self.sampler, self.taken = sampler, []
+        self.epoch = [sampler.step(step) for step in range(sampler.steps_per_epoch)]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.plan, name)
+        return getattr(self.sampler, name)
 
     def add_turn(self, warm_up: int, steps: int, turn: int) -> list[Batches]:
-        """Plan another turn; returns its steps."""
-        new = chosen_steps(self.epoch, self.plan.lengths, warm_up, steps, turn)
+        """Choose the steps of another turn; returns its steps."""
+        new = chosen_steps(self.epoch, self.sampler.lengths, warm_up, steps, turn)
         self.taken += new
         return new
 

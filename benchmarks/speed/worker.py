@@ -3,9 +3,7 @@
 import argparse
 import gc
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from benchmarks.speed import report as speed_report
 from benchmarks.speed.matrix_products import Matrices, ModelShape, Step, flops, shape_of
 from benchmarks.speed.peers import Peft, fastest_format
 from benchmarks.speed.profiling import host_waits, profile_of, selection_cost
-from benchmarks.speed.sides import Bare, Irtune, plans_for
+from benchmarks.speed.sides import Bare, Irtune, setup_for
 from benchmarks.speed.turns import Meter, Turn
+from irtune import console
 from irtune.config import Config, load_config
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
@@ -27,8 +26,7 @@ from irtune.models import DTYPES
 def work(options: argparse.Namespace) -> int:
     """Measure what the job file asks for; rank 0 writes the results."""
     job = json.loads(Path(options.worker).read_text(encoding="utf-8"))
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    console.quiet_libraries()
     torch.set_num_threads(job["threads"])
     world = runtime.read_world()
     runtime.start(world, 600)
@@ -66,8 +64,8 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         """Everything; the content of the JSON file."""
-        config, base = self.config("e"), plans_for(self.config("e"), self.world, self.job["evaluated"])
-        self.shape = shape_of(base.model, base.table)
+        config, base = self.config("e"), setup_for(self.config("e"), self.world, self.job["evaluated"])
+        self.shape = shape_of(base.model.module, base.model.table)
         formats = self._prepare(config, base)
         for number in range(self.job["rounds"]):
             for letter in self.job["sides"]:
@@ -104,11 +102,11 @@ class Bench:
             "b": lambda: Irtune(self.config("b"), world, evaluated),
             "c": lambda: Peft(base, world, folder / "c", form),
             "d": lambda: Peft(base, world, folder / "d", form, padded=True),
-            "e": lambda: Bare(plans_for(self.config("e"), world, evaluated), world),
+            "e": lambda: Bare(setup_for(self.config("e"), world, evaluated), world),
             "g": lambda: Peft(base, world, folder / "g", form, attention="eager"),
             "f": lambda: Matrices(self.shape, dtype, world.device, own),
         }
-        base.model = base.table = base.scores = None  # tokens and labels are all that the Trainer needs
+        base.model = base.method = None  # tokens and labels are all that the Trainer needs
         return formats
 
     def _side(self, letter: str) -> Any:

@@ -1,14 +1,37 @@
 """Put adapters of a type into a model."""
 
-import importlib
+from dataclasses import dataclass
 
 from torch import nn
 
 from irtune.adapters.table import LayerTable, build_table
-from irtune.config.checks import PLAIN_BASE
+from irtune.config.declarations import adapter_kinds, implementation
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ConfigError
 from irtune.models import Classifier
+
+
+@dataclass(frozen=True)
+class AdapterTraits:
+    """What training must know of adapters of a type; the defaults are LoRA's.
+
+    pretrained: the layers' parameters are the model's own weights, which need not be saved before they train.
+    below: parameters outside the layers need gradients through all of them: embeddings, a prompt.
+    frozen: least share of a trained layer's activations that the same layer stores when gradients only pass through.
+    """
+
+    pretrained: bool = False
+    below: bool = False
+    frozen: float = 0.6
+
+
+LORA = AdapterTraits()
+
+
+def adapter_traits(adapter: AdapterConfig) -> AdapterTraits:
+    """What the declaration of `adapter.type` and its settings say."""
+    kind = adapter_kinds()[adapter.type]
+    return AdapterTraits(kind.pretrained, kind.below or adapter.embeddings, kind.frozen)
 
 
 def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Module, LayerTable]:
@@ -17,18 +40,12 @@ def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Mod
     Raises:
         ConfigError, ModelError: when the type's settings do not fit the model.
     """
-    if adapter.type in PLAIN_BASE and getattr(classifier.model, "is_quantized", False):
+    kind = implementation(adapter_kinds()[adapter.type])
+    if kind.needs_plain_base and getattr(classifier.model, "is_quantized", False):
         raise ConfigError(f"adapter.type {adapter.type} needs model.quantization none")
-    kind = importlib.import_module(f"irtune.adapters.kinds.{adapter.type.replace('-', '_')}")
+    assert kind.build is not None, f"{kind.module} declares no build"
     model = kind.build(classifier, adapter)
-    table = build_table(
-        model,
-        classifier.anatomy,
-        every_layer=getattr(kind, "EVERY_LAYER", True),
-        pretrained=getattr(kind, "PRETRAINED", False),
-        below=getattr(kind, "BELOW", False) or adapter.embeddings,
-    )
-    table.frozen = getattr(kind, "FROZEN", table.frozen)
+    table = build_table(model, classifier.anatomy, every_layer=kind.every_layer)
     dtypes = {parameter.dtype for _, parameter in table.all()}
     assert len(dtypes) == 1, f"adapters and head must share one dtype, not {dtypes}"
     return model, table

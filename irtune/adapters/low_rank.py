@@ -1,6 +1,7 @@
 """LoRA and its relatives through peft: low-rank updates beside the linear modules of every layer."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,41 +11,14 @@ from peft.tuners.lora import LoraLayer, dora, layer
 from torch import nn
 
 from irtune.adapters.linear import AdapterLinear, add_in_product, compute_in_input_dtype
+from irtune.adapters.targets import differences, kept_by_peft, module_targets, parameter_targets
 from irtune.config.schema import AdapterConfig
 from irtune.distributed.partitioned import whole
 from irtune.errors import ConfigError
 from irtune.models import Classifier
-from irtune.models.anatomy import linear_names
+from irtune.models.anatomy import is_linear
 
-
-def wanted_modules(names: list[str], adapter: AdapterConfig) -> list[str]:
-    """Those linear modules of a layer that `adapter.target_modules` asks for.
-
-    Raises:
-        ConfigError: for a target that matches no linear module of a layer; lists those that exist.
-    """
-    if adapter.target_modules == "all-linear":
-        return names
-    targets = adapter.target_modules
-
-    def matches(name: str, target: str) -> bool:
-        return name == target or name.endswith(f".{target}")
-
-    unknown = [target for target in targets if not any(matches(name, target) for name in names)]
-    if unknown or not targets:
-        raise ConfigError(
-            f"adapter.target_modules: {', '.join(map(repr, unknown)) or 'an empty list'} matches no linear module "
-            f"of a layer; they are: {', '.join(names)}"
-        )
-    return [name for name in names if any(matches(name, target) for target in targets)]
-
-
-def target_pattern(names: list[str], layers: str, numbers: str = r"\d+") -> str:
-    """A regular expression for the full names of modules `names` in the layers whose number matches `numbers`.
-
-    Full names, because a bare `dense` would also reach a pooler outside the layers.
-    """
-    return rf"{re.escape(layers)}\.({numbers})\.({'|'.join(re.escape(name) for name in names)})"
+log = logging.getLogger("irtune")
 
 
 @contextlib.contextmanager
@@ -64,6 +38,14 @@ def _whole_where_read() -> Iterator[None]:
         takes.gather_params_ctx, reads.gather_params_ctx = originals
 
 
+def _asked(model: nn.Module, settings: LoraConfig) -> list[str]:
+    """Full names of the modules that `settings` target."""
+    targets = settings.target_modules
+    if isinstance(targets, str):
+        return [name for name, module in model.named_modules() if is_linear(module) and re.fullmatch(targets, name)]
+    return sorted(targets or ())
+
+
 def add_low_rank(
     classifier: Classifier, adapter: AdapterConfig, *, pattern: str | None = None, **options: Any
 ) -> nn.Module:
@@ -78,19 +60,30 @@ def add_low_rank(
         options: further settings of peft's LoraConfig.
     """
     anatomy = classifier.anatomy
-    if pattern is None:
-        pattern = target_pattern(wanted_modules(linear_names(classifier.model, anatomy), adapter), anatomy.layers)
+    modules = module_targets(classifier, adapter) if pattern is None else pattern
+    parameters = parameter_targets(classifier, adapter)
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # peft divides by it: any number will do
         lora_dropout=adapter.dropout,
-        target_modules=pattern,
+        target_modules=modules,
+        target_parameters=parameters or None,
         modules_to_save=list(anatomy.head),
         **options,
     )
+    settings = kept_by_peft(classifier.model, settings, named=adapter.target_modules != "all-linear")
+    asked = [*_asked(classifier.model, settings), *parameters]
+    if not asked:
+        raise ConfigError(
+            f"adapter.type {adapter.type}: no linear module of {type(classifier.model).__name__} can have an adapter; "
+            "set adapter.target_parameters, or adapter.type to bitfit or none"
+        )
     with _whole_where_read():
         model = get_peft_model(classifier.model, settings)
+    difference = differences(model, asked)
+    if difference is not None:
+        log.warning("%s", difference)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if adapter.dtype == "float32":
         for parameter in trained:

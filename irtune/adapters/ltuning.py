@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from irtune.adapters.trainable import layer_list
 from irtune.distributed.partitioned import runnable
+from irtune.errors import ModelError
 from irtune.models import Classifier
 
 
@@ -44,7 +45,13 @@ def label_states(classifier: Classifier) -> LabelStates:
 def _label_ids(classifier: Classifier) -> list[list[int]]:
     names: Any = classifier.model.config.id2label.values()  # type: ignore[operator, union-attr]
     texts = [str(name).replace("-", " ").replace("_", " ") for name in names]
-    return [classifier.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = [classifier.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if [] in ids:
+        raise ModelError(
+            f"the tokenizer makes no token of the label {texts[ids.index([])]!r}, by whose text L-Tuning judges; "
+            "rename it with data.labels, or set adapter.type to lora"
+        )
+    return ids
 
 
 def longest_label(classifier: Classifier) -> int:

@@ -16,6 +16,7 @@ from irtune.adapters.trainable import layer_list
 from irtune.distributed.partitioned import runnable
 from irtune.errors import ConfigError, ModelError
 from irtune.models import Classifier
+from irtune.models.kernels import takes_any_kernel
 from irtune.models.kernels.attention import CPU_ATTENTION, attention_on_cpus
 from irtune.models.kernels.masks import sdpa_mask_by_mark
 
@@ -87,7 +88,7 @@ AttentionMaskInterface.register("prefix_trace", sdpa_mask_by_mark)
 
 
 def attention_places(classifier: Classifier, kind: str) -> list[AttentionPlace]:
-    """The attention of each layer, and the model told to look for prefixes.
+    """The attention of each layer, after making the model look for prefixes.
 
     Raises:
         ConfigError: when another kernel than sdpa was asked for.
@@ -95,6 +96,8 @@ def attention_places(classifier: Classifier, kind: str) -> list[AttentionPlace]:
     """
     model: Any = classifier.model
     kernel = model.config._attn_implementation
+    if not takes_any_kernel(type(model)):
+        raise _no_place(model, kind)
     if kernel not in KERNELS:
         raise ConfigError(f"adapter.type {kind} needs model.attn_implementation sdpa, not {kernel}")
     trace: list[AttentionPlace] = []
@@ -109,8 +112,12 @@ def attention_places(classifier: Classifier, kind: str) -> list[AttentionPlace]:
     layers = [list(layer.modules()) for layer in layer_list(classifier)]
     found = [[place for place in trace if place.module in modules] for modules in layers]
     if any(len(places) != 1 for places in found):
-        raise ModelError(
-            f"adapter.type {kind}: {type(model).__name__} does not have one attention per layer that goes through "
-            "transformers' attention interface; use lora or bottleneck"
-        )
+        raise _no_place(model, kind)
     return [places[0] for places in found]
+
+
+def _no_place(model: nn.Module, kind: str) -> ModelError:
+    return ModelError(
+        f"adapter.type {kind}: {type(model).__name__} does not have one attention per layer that goes through "
+        "transformers' attention interface; use lora or bottleneck"
+    )

@@ -1,6 +1,6 @@
-"""Embeddings that stand among those of the text, in any model with an input embedding.
+"""Embeddings placed among those of the text, in any model with an input embedding.
 
-The model still gets token ids, with placeholders where soft tokens stand: so it finds the last token of a padded text,
+The model still gets token ids, with placeholders for soft tokens, so it finds the last token of a padded text,
 which it could not in embeddings alone.
 """
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from irtune.errors import ModelError
 from irtune.models import Classifier
 
 
@@ -21,11 +22,17 @@ class SoftTokens(nn.Module):
         self.base = classifier.model
         self.start = leading_tokens(classifier.tokenizer)
         self._soft: torch.Tensor | None = None
+        self._length = 0
         self.base.get_input_embeddings().register_forward_hook(self._splice)  # type: ignore[operator]
 
     def _splice(self, _module: nn.Module, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
         if self._soft is None:
             return embedded
+        if embedded.shape[0] != self._soft.shape[0] or embedded.shape[1] != self._length:
+            raise ModelError(
+                f"{type(self.base).__name__} does not embed texts one beside the other, so nothing can be put before "
+                "them; set adapter.type to lora"
+            )
         soft, start = self._soft.to(embedded.dtype), self.start
         return torch.cat([embedded[:, :start], soft, embedded[:, start + soft.shape[1] :]], dim=1)
 
@@ -43,6 +50,8 @@ class SoftTokens(nn.Module):
         def longer(name: str, tensor: torch.Tensor) -> torch.Tensor:
             if name == "attention_mask":
                 extra = attends.to(tensor.dtype).expand(rows, -1)
+            elif name == "edit_mask":
+                extra = tensor.new_zeros(rows, count)
             else:  # a token of the text itself: never the padding, by which the model finds the end
                 extra = tensor[:, :1].expand(rows, count)
             return torch.cat([tensor[:, :start], extra, tensor[:, start:]], dim=1)
@@ -50,7 +59,7 @@ class SoftTokens(nn.Module):
         extended = {name: longer(name, tensor) for name, tensor in batch.items()}
         if hasattr(batch.get("attention_mask"), "padded"):  # what `attends` holds, the host does not know
             extended["attention_mask"].padded = True  # type: ignore[attr-defined]
-        self._soft = soft.expand(rows, -1, -1)
+        self._soft, self._length = soft.expand(rows, -1, -1), extended["input_ids"].shape[1]
         try:
             return self.base(**extended)
         finally:

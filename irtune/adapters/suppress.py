@@ -2,17 +2,16 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from irtune.adapters.table import LayerTable, Named
-from irtune.distributed.partitioned import is_partitioned, join_shares
+from irtune.distributed.partitioned import is_partitioned, join_shares, whole
 
 FACTOR = re.compile(r"(?:^|\.)lora_[AB]\.")  # not DoRA's magnitude, which no scaling turns down
-Gathered = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[None]]
 
 
 class Scaled(nn.Module):
@@ -21,22 +20,56 @@ class Scaled(nn.Module):
     scaling: float = 1.0
 
 
-def remember_origins(table: LayerTable) -> None:
-    """Keep the first values, on the CPU, of parameters that no scaling can turn down: `suppressed` needs them.
+class Suppression:
+    """Turns layers down: scales adapters that have a scaling, moves other parameters towards their first values.
 
-    Of partitioned ones, each rank keeps its share.
+    origins: first values, on the CPU, of the parameters that no scaling can turn down. Of partitioned ones, each rank
+        keeps its share.
     """
-    for name, parameter in _unscaled(table):
-        if is_partitioned(parameter):
-            table.shares.add(name)
-        held = getattr(parameter, "ds_tensor", parameter)
-        table.origins[name] = held.detach().cpu().clone()
 
+    def __init__(self, table: LayerTable):
+        """Remember what parameters are now, before any training."""
+        self.table = table
+        self.origins: dict[str, torch.Tensor] = {}
+        self._shares: set[str] = set()  # those of `origins` of which a rank keeps its share only
+        for name, parameter in _unscaled(table):
+            if is_partitioned(parameter):
+                self._shares.add(name)
+            held = getattr(parameter, "ds_tensor", parameter)
+            self.origins[name] = held.detach().cpu().clone()
 
-def _origin(table: LayerTable, name: str, parameter: nn.Parameter) -> torch.Tensor:
-    """The first value of a parameter, whole, where the parameter is."""
-    kept = table.origins[name].to(parameter.device)
-    return join_shares(kept, parameter) if name in table.shares else kept
+    def _origin(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
+        """The first value of a parameter, whole, where the parameter is."""
+        kept = self.origins[name].to(parameter.device)
+        return join_shares(kept, parameter) if name in self._shares else kept
+
+    @contextlib.contextmanager
+    def suppressed(self, layers: Sequence[int], factor: float = 0.25) -> Iterator[None]:
+        """Multiply what the adapters in `layers` do by `factor` inside the block. Collective if any is partitioned.
+
+        Parameters without a scaling (biases, a layer's own weights, prefixes) become
+        theta_0 + factor (theta - theta_0) with their first value theta_0, which is the same thing for an update that
+        starts at zero. Afterwards everything is what it was, bit for bit, also when an exception flies.
+        """
+        named = [item for layer in layers for item in self.table.layers[layer]]
+        moved = [(name, parameter) for name, parameter in named if name in self.origins]
+        parameters = [parameter for _, parameter in moved]
+        kept: list[torch.Tensor] = []
+        try:
+            _scale(self.table, layers, factor)
+            if moved:
+                with torch.no_grad(), whole(parameters, write=True):
+                    for name, parameter in moved:
+                        kept.append(parameter.data.clone())
+                        origin = self._origin(name, parameter)
+                        parameter.data.copy_(origin + factor * (parameter.data - origin))
+            yield
+        finally:
+            _unscale(self.table, layers)
+            if kept:
+                with torch.no_grad(), whole(parameters, write=True):
+                    for parameter, value in zip(parameters, kept):
+                        parameter.data.copy_(value)
 
 
 def _unscaled(table: LayerTable) -> Named:
@@ -55,46 +88,6 @@ def _starts_at_zero(part: nn.Module) -> bool:
     """Whether `part` is a layer of peft whose update is zero at first: PiSSA's holds a part of the weight itself."""
     scales = isinstance(part, BaseTunerLayer) and isinstance(getattr(part, "scaling", None), dict)
     return scales and not getattr(part, "holds_weight", False)
-
-
-@contextlib.contextmanager
-def suppressed(
-    table: LayerTable,
-    layers: Sequence[int],
-    factor: float = 0.25,
-    gathered: Gathered = lambda _: contextlib.nullcontext(),
-) -> Iterator[None]:
-    """Multiply what the adapters in `layers` do by `factor` inside the block.
-
-    Adapters that have a scaling are scaled. Other parameters (biases, a layer's own weights, prefixes) move back
-    towards their first value theta_0: theta_0 + factor (theta - theta_0), which is the same thing for an update that
-    starts at zero; `remember_origins` must have been called for them. Afterwards everything is what it was, bit for
-    bit, also when an exception flies.
-
-    Args:
-        table: the model's parameters by layer.
-        layers: the layers to turn down.
-        factor: what remains of them.
-        gathered: a context in which parameters are whole and writable (ZeRO 3 keeps them in pieces).
-    """
-    moved = [(name, p) for layer in layers for name, p in table.layers[layer] if name in table.origins]
-    parameters = [parameter for _, parameter in moved]
-    kept: list[torch.Tensor] = []
-    try:
-        _scale(table, layers, factor)
-        if moved:
-            with torch.no_grad(), gathered(parameters):
-                for name, parameter in moved:
-                    kept.append(parameter.data.clone())
-                    origin = _origin(table, name, parameter)
-                    parameter.data.copy_(origin + factor * (parameter.data - origin))
-        yield
-    finally:
-        _unscale(table, layers)
-        if kept:
-            with torch.no_grad(), gathered(parameters):
-                for parameter, value in zip(parameters, kept):
-                    parameter.data.copy_(value)
 
 
 def _scale(table: LayerTable, layers: Sequence[int], factor: float) -> None:

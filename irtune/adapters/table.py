@@ -2,12 +2,10 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from irtune.adapters.idle import IdleAdapters
 from irtune.errors import ModelError
 from irtune.models.anatomy import Anatomy
 
@@ -21,35 +19,16 @@ class LayerTable:
     layers: for each of the L layers, its adapter parameters with their names in the model.
     head: parameters that always train.
     modules: the L layer modules themselves.
-    below: whether parameters outside the layers need gradients through all of them: embeddings, a prompt.
-    pretrained: whether the layers' parameters are the model's own weights, which need not be saved before they train.
-    origins: first values of parameters, for measurements that turn them down; see `adapters.scaling`.
-    shares: those of `origins` of which a rank keeps its share only.
-    frozen: least share of a trained layer's activations that the same layer stores when gradients only pass through.
-    idle: leaves out the updates of layers that never trained.
     """
 
     layers: list[Named]
     head: Named
     modules: list[nn.Module]
-    pretrained: bool = False
-    below: bool = False
-    origins: dict[str, torch.Tensor] = field(default_factory=dict)
-    shares: set[str] = field(default_factory=set)
-    frozen: float = 0.6
-    idle: IdleAdapters = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.idle = IdleAdapters(self.modules)
 
     def groups(self, layers: Iterable[int] | None = None) -> list[Named]:
         """Parameters of each of `layers` (None: of all that have any), and of the head."""
         chosen = range(self.num_layers) if layers is None else sorted(layers)
         return [*(self.layers[number] for number in chosen if self.layers[number]), self.head]
-
-    def lowest(self, selected: Iterable[int]) -> int:
-        """The lowest layer that gradients reach when `selected` layers train; L when they reach none."""
-        return 0 if self.below else min(selected, default=self.num_layers)
 
     @property
     def num_layers(self) -> int:
@@ -67,12 +46,9 @@ class LayerTable:
                 parameter.requires_grad_(number in selected)
         for _, parameter in self.head:
             parameter.requires_grad_(True)
-        self.idle.has_trained(selected)
 
 
-def build_table(
-    model: nn.Module, anatomy: Anatomy, *, every_layer: bool = True, pretrained: bool = False, below: bool = False
-) -> LayerTable:
+def build_table(model: nn.Module, anatomy: Anatomy, *, every_layer: bool = True) -> LayerTable:
     """Sort the parameters of `model` that require gradients into layers and head, which is what lies outside layers.
 
     Raises:
@@ -91,4 +67,4 @@ def build_table(
         raise ModelError(f"no adapter in layers {empty}: adapter.target_modules does not reach them")
     suffix = f".{anatomy.layers}"
     lists = [module for name, module in model.named_modules() if f".{name}".endswith(suffix)]
-    return LayerTable(layers, head, list(lists[0].children()), pretrained, below)
+    return LayerTable(layers, head, list(lists[0].children()))

@@ -2,23 +2,54 @@
 
 import argparse
 import contextlib
-import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from irtune.config.schema import RISKS
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
+from irtune.errors import ConfigError
+from irtune.files import to_json
 from irtune.redaction import redact
 
 TIMEOUT_SECONDS = 1800
 
 
-def parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose --help ends with an example."""
-    return argparse.ArgumentParser(
+class _OptionsError(ConfigError):
+    place = "the options"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises a `ConfigError` for mistakes: for all wrong values at once."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The options, and what is left of `args`."""
+        self._problems: list[str] = []
+        found = super().parse_known_args(args, namespace)
+        if self._problems:
+            raise _OptionsError(self._problems)
+        return found
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            self._problems.append(str(error).removeprefix("argument "))
+            return None
+
+    def error(self, message: str) -> Any:
+        """One mistake, in one sentence."""
+        raise _OptionsError(f"{message.removeprefix('argument ')} ({self.prog} --help says more)")
+
+
+def parser(name: str, description: str, example: str, *, trainer: bool = False) -> argparse.ArgumentParser:
+    """A parser whose --help ends with an example; with `trainer`, options of the trainer may follow."""
+    if trainer:
+        description += " Options of the trainer (--config FILE, --section.key VALUE) may follow."
+    return _Parser(
         prog=f"python -m irtune {name}", allow_abbrev=False, description=description, epilog=f"example: {example}"
     )
 
@@ -26,12 +57,14 @@ def parser(name: str, description: str, example: str) -> argparse.ArgumentParser
 def add_run(options: argparse.ArgumentParser) -> None:
     """The options of every command that loads a run."""
     add_folder(options)
-    options.add_argument("--batch_size", type=_positive, default=16, help="examples per forward pass (default 16)")
+    options.add_argument("--batch_size", type=at_least(1), default=16, help="examples per forward pass (default 16)")
 
 
 def add_folder(options: argparse.ArgumentParser) -> None:
     """--run, and what a run's folder may not decide by itself."""
-    options.add_argument("--run", required=True, type=a_path, help="folder of a finished run (its run.output_dir)")
+    options.add_argument(
+        "--run", required=True, type=a_path, help="folder of a finished run (its run.output_dir), or an export"
+    )
     for risk in RISKS:
         options.add_argument(f"--{risk}", action="store_true", help=f"the run's model.{risk} is meant")
 
@@ -39,6 +72,13 @@ def add_folder(options: argparse.ArgumentParser) -> None:
 def trusted(given: argparse.Namespace) -> list[str]:
     """What the user asks for of `RISKS`."""
     return [risk for risk in RISKS if getattr(given, risk)]
+
+
+def add_ranks(options: argparse.ArgumentParser, alone: int = 1) -> None:
+    """--ranks: processes of this machine."""
+    options.add_argument(
+        "--ranks", type=at_least(1, 1024), help=f"processes per run (default: one per GPU, else {alone})"
+    )
 
 
 def add_json(options: argparse.ArgumentParser) -> None:
@@ -53,15 +93,19 @@ def a_path(text: str) -> Path:
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, another's folder, a user that does not exist
         reason = getattr(error, "strerror", None) or str(error)
-        raise argparse.ArgumentTypeError(f"{redact(text)[:200]!r} is no usable path: {reason}") from None
+        raise argparse.ArgumentTypeError(f"{redact(text)[:200]!r} is not a usable path: {reason}") from None
     return path
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return value
+def at_least(least: int, most: int = 999_999) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from `least` to `most`."""
+
+    def whole_number(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:100]!r}; accepted: a whole number from {least} to {most:,}")
+        return int(text)
+
+    return whole_number
 
 
 @contextlib.contextmanager
@@ -82,7 +126,7 @@ def show(text: str) -> None:
 
 def show_json(value: Any) -> None:
     """`value` as indented JSON on standard output."""
-    show(json.dumps(value, indent=2, ensure_ascii=False))
+    show(to_json(value, indent=2))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

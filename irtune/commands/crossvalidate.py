@@ -1,21 +1,17 @@
 """`python -m irtune crossvalidate`: stratified k-fold training, for corpora too small for one dev split."""
 
-import argparse
-import json
 import logging
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from irtune.commands.common import show
+from irtune.commands.common import a_path, add_ranks, at_least, parser, show
 from irtune.commands.compare.grid import Cell
 from irtune.commands.compare.runs import Outcome, check_folders, run_cell
 from irtune.config import load_config
-from irtune.errors import ConfigError
-from irtune.files import writing
+from irtune.files import write_json, write_text, writing
 
 METRICS = ("accuracy", "macro_f1", "auprc")
 log = logging.getLogger("irtune")
@@ -23,22 +19,22 @@ log = logging.getLogger("irtune")
 
 def main(arguments: Sequence[str]) -> int:
     """Train k times, each time with another fold as dev split; write crossvalidate.json and crossvalidate.md."""
-    options = argparse.ArgumentParser(
-        prog="python -m irtune crossvalidate",
-        allow_abbrev=False,
-        description="Train K times, each time with another fold of the training (and dev) examples as dev split. Folds "
+    options = parser(
+        "crossvalidate",
+        "Train K times, each time with another fold of the training (and dev) examples as dev split. Folds "
         "are stratified by label and keep documents (data.group) whole. Options of the trainer hold for all folds; "
         "finished folds are kept, so it can be stopped and continued.",
-        epilog="example: python -m irtune crossvalidate --folds 5 --config launch/recipes/iterater-smollm2.yaml "
+        "python -m irtune crossvalidate --folds 5 --config launch/recipes/iterater-smollm2.yaml "
         "--data.path corpus/ --data.group doc_id",
+        trainer=True,
     )
-    options.add_argument("--folds", type=int, default=5, help="K (default 5)")
-    options.add_argument("--ranks", type=int, help="processes per run (default: one per GPU, else 1)")
-    options.add_argument("--output_dir", default="runs/crossvalidate", help="folder of the runs and the results")
+    options.add_argument("--folds", type=at_least(2), default=5, help="K (default 5)")
+    add_ranks(options)
+    options.add_argument(
+        "--output_dir", type=a_path, default="runs/crossvalidate", help="folder of the runs and the results"
+    )
     given, trainer = options.parse_known_args(list(arguments))
-    if given.folds < 2 or (given.ranks is not None and given.ranks < 1):
-        raise ConfigError(f"--folds is {given.folds} (accepted: from 2), --ranks is {given.ranks} (accepted: from 1)")
-    folder = Path(given.output_dir).expanduser()
+    folder = given.output_dir
     cells = []
     for fold in range(1, given.folds + 1):
         place = folder / f"fold_{fold}"
@@ -54,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
         log.info("  %s", outcomes[-1].error or _brief(outcomes[-1].results))
     found = summary(outcomes)
     with writing(folder):
-        (folder / "crossvalidate.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        (folder / "crossvalidate.md").write_text(_markdown(found), encoding="utf-8")
+        write_json(folder / "crossvalidate.json", found)
+        write_text(folder / "crossvalidate.md", _markdown(found))
     show(_markdown(found))
     return 0 if all(outcome.results for outcome in outcomes) else 1
 

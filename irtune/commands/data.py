@@ -6,40 +6,36 @@ from typing import Any
 
 import numpy as np
 
-from irtune.commands.common import show, show_json, table
+from irtune.commands.common import add_json, parser, show, show_json, table
 from irtune.config import load_config
 from irtune.data import Corpus, Encoder, Example, read_corpus
-from irtune.errors import ConfigError
 from irtune.models.classifier import load_tokenizer
-
-HELP = """usage: python -m irtune data stats --data PATH [--section.key value ...] [--tokens] [--json]
-
-Rows, labels, lengths, duplicates and leakage between splits of a corpus. --tokens counts the model's tokens
-and what data.max_length would shorten. Columns and presets are set as for training (--data.preset, --data.before, ...).
-
-example: python -m irtune data stats --data corpus/ --data.preset iterater-human
-"""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print statistics."""
-    if "-h" in arguments or "--help" in arguments:
-        show(HELP)
-        return 0
-    if not arguments or arguments[0] != "stats":
-        raise ConfigError(f"data {' '.join(arguments[:1])}: accepted: data stats --data PATH")
-    rest = ["--data.path" if argument == "--data" else argument for argument in arguments[1:]]
-    flags = [argument for argument in rest if argument in ("--json", "--tokens")]
-    config = load_config([argument for argument in rest if argument not in flags])
+    options = parser(
+        "data",
+        "Rows, labels, lengths, duplicates and leakage between splits of a corpus. Columns and presets are set as for "
+        "training (--data.preset, --data.before, ...).",
+        "python -m irtune data stats --data corpus/ --data.preset iterater-human",
+        trainer=True,
+    )
+    options.add_argument("what", choices=["stats"], metavar="stats", help="what to show")
+    options.add_argument("--data", metavar="PATH", help="the corpus; the same as --data.path")
+    options.add_argument("--tokens", action="store_true", help="count tokens, and what data.max_length would shorten")
+    add_json(options)
+    given, trainer = options.parse_known_args(list(arguments))
+    config = load_config(trainer if given.data is None else [*trainer, f"--data.path={given.data}"])
     corpus = read_corpus(config.data)
     found = statistics(corpus)
-    if "--tokens" in flags:
+    if given.tokens:
         encoder = Encoder(load_tokenizer(config.model), config.data, corpus.labels)
         for split, examples in corpus.splits.items():
             lengths = [encoder.length(example) for example in examples]
             over = sum(length > config.data.max_length for length in lengths)
             found["splits"][split]["tokens"] = _quantiles(lengths) | {"shortened": over}
-    show_json(found) if "--json" in flags else show(_text(found, corpus.labels))
+    show_json(found) if given.json else show(_text(found, corpus.labels))
     return 0
 
 
@@ -103,7 +99,7 @@ def _text(found: dict[str, Any], labels: Sequence[str]) -> str:
     return "\n".join([
         table(header, rows),
         "",
-        f"leakage: {found['pairs_in_several_splits']} pairs of texts stand in more than one split; "
+        f"leakage: {found['pairs_in_several_splits']} pairs of texts are in more than one split; "
         + ("documents unknown (set data.group to their column)" if documents is None else f"{documents} documents do"),
         "duplicates: the same pair again; contradictions: the same pair with different labels",
     ])  # fmt: skip

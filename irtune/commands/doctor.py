@@ -17,13 +17,12 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from irtune.commands.common import parser, ranks, show, show_json, table
+from irtune.commands.common import add_json, add_ranks, parser, ranks, show, show_json, table
 from irtune.distributed import environment, node_facts, runtime
 from irtune.distributed.network import interfaces
-from irtune.distributed.node_facts import Facts
+from irtune.distributed.node_facts import NodeFacts
 from irtune.distributed.runtime import World
 from irtune.distributed.versions import versions
-from irtune.errors import ConfigError
 
 # What irtune sends: a score per layer at a selection, and the gradients of the layers that train at a step.
 SIZES = {
@@ -46,20 +45,18 @@ def main(arguments: Sequence[str]) -> int:
         "the job, else between processes of this machine.",
         "torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m irtune doctor",
     )
-    options.add_argument("--ranks", type=int, help="processes of this machine (default: one per GPU, else 2)")
-    options.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_ranks(options, alone=2)
+    add_json(options)
     options.add_argument("--local_rank", type=int, help="for deepspeed, which adds it")
     given = options.parse_args(list(arguments))
-    if given.ranks is not None and not 1 <= given.ranks <= 1024:
-        raise ConfigError(f"--ranks is {given.ranks}; accepted: 1 to 1024")
     if environment.variable("WORLD_SIZE", ""):
         with ranks() as world:
             found = examine(world)
-        if world.is_main:
-            show_json(found) if given.json else show(_text(found))
-        return 2 if found["problems"] else 0
-    count = given.ranks or torch.cuda.device_count() or 2
-    found = _of_ranks(count) if count > 1 else examine(runtime.read_world())
+        if not world.is_main:
+            return 2 if found["problems"] else 0
+    else:
+        count = given.ranks or torch.cuda.device_count() or 2
+        found = _of_ranks(count) if count > 1 else examine(runtime.read_world())
     show_json(found) if given.json else show(_text(found))
     return 2 if found["problems"] else 0
 
@@ -83,9 +80,9 @@ def _of_ranks(count: int) -> dict[str, Any]:
 
 def examine(world: World) -> dict[str, Any]:
     """Everything in plain JSON types, the same on all ranks. Collective; `problems` has a sentence each."""
-    mine = Facts(node=node_facts.node_name(), versions=versions(), digest="")
+    mine = NodeFacts(node=node_facts.node_name(), versions=versions(), digest="")
     runtime.barrier()
-    facts = runtime.all_gather_object(Facts(**vars(mine) | {"clock": time.time()}))
+    facts = runtime.all_gather_object(NodeFacts(**vars(mine) | {"clock": time.time()}))
     here = {"node": node_facts.node_name(), "notes": _notes(world), "problems": _problems(),
             "interfaces": [vars(one) for one in interfaces()]}  # fmt: skip
     nodes = list({one["node"]: one for one in runtime.all_gather_object(here)}.values())
@@ -191,7 +188,7 @@ def _notes(world: World) -> list[str]:
         address = ""
     if (not address or address.startswith("127.")) and not environment.variable("GLOO_SOCKET_IFNAME", ""):
         notes.append(
-            f"the host name {socket.gethostname()} stands for {address or 'no address'}: with several nodes irtune "
+            f"the host name {socket.gethostname()} resolves to {address or 'no address'}: with several nodes irtune "
             "takes the interface on the way to MASTER_ADDR; set GLOO_SOCKET_IFNAME for another one"
         )
     threads = torch.get_num_threads()
@@ -200,9 +197,6 @@ def _notes(world: World) -> list[str]:
         notes.append(
             f"{here} ranks x {threads} threads on {os.cpu_count()} cores: set OMP_NUM_THREADS to cores / ranks"
         )
-    cache = environment.cache_folder()
-    if not os.access(node_facts.nearest_folder(str(cache)), os.W_OK):
-        notes.append(f"{cache} cannot be written: token ids are made anew at every start (IRTUNE_CACHE)")
     return notes
 
 

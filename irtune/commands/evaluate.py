@@ -1,7 +1,6 @@
 """`python -m irtune evaluate`: how good a run is on a corpus, how sure that is, and where it is wrong."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from irtune.distributed import runtime
 from irtune.evaluation.bootstrap import intervals
 from irtune.evaluation.metrics import Predictions, metrics
 from irtune.evaluation.saved_run import LoadedRun, load_run
-from irtune.files import writing
+from irtune.files import replacing, write_json, writing
 from irtune.tracking.pictures import confusion_map
 
 MISTAKES = 20
@@ -38,7 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     with ranks() as world:
         with runtime.shared_errors():
             run = load_run(given.run, world.device, trusted=trusted(given))
-            data = dataclasses.replace(run.config.data, path=given.data, train=None, dev=None, test=None)
+            # A configuration is that of the training corpus; of another, a folder of it can be named.
+            config = run.config.data.config if given.data == run.config.data.path else None
+            data = dataclasses.replace(run.config.data, path=given.data, config=config, train=None, dev=None, test=None)
             examples = read_split(data, given.split, run.labels)
         predictions = run.predict(examples, given.batch_size)
         if world.is_main:
@@ -46,9 +47,9 @@ def main(arguments: Sequence[str]) -> int:
             folder = given.output_dir or given.run / f"evaluation_{given.split}"
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-                (folder / "evaluation.json").write_text(text, encoding="utf-8")
-                confusion_map(found["confusion_matrix"], run.labels).savefig(folder / "confusion_matrix.png", dpi=120)
+                write_json(folder / "evaluation.json", found)
+                with replacing(folder / "confusion_matrix.png") as scratch:
+                    confusion_map(found["confusion_matrix"], run.labels).savefig(scratch, dpi=120)
             show_json(found) if given.json else show(_text(found, run.labels, folder))
     return 0
 

@@ -8,13 +8,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from irtune.commands.common import a_path, add_folder, parser, show, trusted
-from irtune.data import Example, collate
+from irtune.commands.model_card import model_card
+from irtune.config import Config, write_config
+from irtune.config.schema import RunConfig
+from irtune.data import Encoder, Example, collate
 from irtune.errors import ConfigError, RunError
-from irtune.evaluation.saved_run import ADAPTER_FILES, LoadedRun, is_peft_adapter, load_run, read_run
-from irtune.files import writing
+from irtune.evaluation.saved_run import (
+    ADAPTER_FILES,
+    LoadedRun,
+    adapter_folder,
+    check_trusted,
+    is_peft_adapter,
+    load_run,
+    read_run,
+)
+from irtune.files import replacing, write_json, writing
+from irtune.models.classifier import load_tokenizer
+from irtune.models.padding import suit_pooling
+from irtune.models.pooling import HEAD_FILE, load_head, pooling_of, save_head
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
 PROBES = (
@@ -29,7 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser(
         "export",
         "Write the adapter of a finished run with a model card, or, with --merge, a model that plain transformers "
-        "loads: fp32 safetensors, checked to give the run's probabilities to 1e-4.",
+        "loads: fp32 safetensors, checked to give the run's probabilities to 1e-4. predict and evaluate take either "
+        "folder for their --run.",
         "python -m irtune export --run runs/mine --to exported --merge",
     )
     add_folder(options)
@@ -39,26 +54,46 @@ def main(arguments: Sequence[str]) -> int:
     source, target = given.run, given.to
     read_run(source)  # a run, and finished?
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        raise ConfigError(f"--to {str(target)!r} is there already and not empty; accepted: a new folder")
-    scratch = target.with_name(f".{target.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        with writing(target):
-            scratch.mkdir(parents=True)
-            _merged(source, scratch, trusted(given)) if given.merge else _adapter(source, scratch)
-            scratch.replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise ConfigError(f"--to {str(target)!r} already exists and is not empty; accepted: a new folder")
+    with writing(target), replacing(target) as scratch:
+        scratch.mkdir(parents=True)
+        (_merged if given.merge else _adapter)(source, scratch, trusted(given))
     show(f"written to {target}")
     return 0
 
 
-def _adapter(source: Path, target: Path) -> None:
+def _adapter(source: Path, target: Path, trust: list[str]) -> None:
     config, results = read_run(source)
-    is_peft_adapter(source / "adapter")
+    check_trusted(source, config, trust)
+    folder = adapter_folder(source)
+    is_peft_adapter(folder, source)
     for name in ADAPTER_FILES:  # by name: whatever else, or whatever link, is in the folder stays there
-        shutil.copyfile(source / "adapter" / name, target / name)
-    (target / "README.md").write_text(model_card(config, results, merged=False), encoding="utf-8")
+        shutil.copyfile(folder / name, target / name)
+    encoder = Encoder(load_tokenizer(config.model), config.data, list(results["dev"]["per_class"]))
+    _describe(target, config, results, encoder, merged=False)
+
+
+def _describe(target: Path, config: Config, results: dict[str, Any], encoder: Encoder, *, merged: bool) -> None:
+    """Write the model card, and what irtune needs to predict from the folder: config.yaml and results.json.
+
+    Of paths on this machine, only their last names go into it, and the base model's.
+    """
+    card = model_card(config, results, encoder, merged=merged)
+    (target / "README.md").write_text(card, encoding="utf-8")
+    corpus = Path(config.data.path or config.data.train or "corpus").name or "corpus"
+    model = config.model
+    if merged:  # the update was added in fp32
+        model = dataclasses.replace(model, dtype="float32", quantization="none")
+    exported = Config(
+        model=model,
+        adapter=config.adapter,
+        data=dataclasses.replace(config.data, path=corpus, train=None, dev=None, test=None),
+        tuning=config.tuning,
+        optim=config.optim,
+        run=RunConfig(output_dir=Path(config.run.output_dir).name, seed=config.run.seed),
+    )
+    write_config(exported, target / "config.yaml")
+    write_json(target / "results.json", results)
 
 
 def _merged(source: Path, target: Path, trust: list[str]) -> None:
@@ -70,17 +105,31 @@ def _merged(source: Path, target: Path, trust: list[str]) -> None:
     if hasattr(merged, "merge_and_unload"):
         merged = merged.merge_and_unload()
     elif merged is not run.classifier.model:
-        raise RunError(f"adapter.type {config.adapter.type} cannot be merged: it is no change of the base's weights")
+        raise RunError(f"adapter.type {config.adapter.type} cannot be merged: it does not change the base's weights")
     merged.config.torch_dtype = merged.config.dtype = torch.float32
-    merged.save_pretrained(target)
+    pooling = pooling_of(merged)
+    if pooling is None:
+        merged.save_pretrained(target)
+    else:  # plain transformers has no class for it: a body that it loads, and the head beside it
+        getattr(merged, merged.base_model_prefix).save_pretrained(target)
+        save_head(merged, target / HEAD_FILE)
     run.classifier.tokenizer.save_pretrained(target)
-    loaded, info = AutoModelForSequenceClassification.from_pretrained(target, output_loading_info=True)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    kind: Any = AutoModelForSequenceClassification if pooling is None else AutoModel
+    loaded, info = kind.from_pretrained(target, output_loading_info=True)
+    # BERT's own pooler is left out: nothing reads it.
+    missing = {key for key in info["missing_keys"] if pooling is None or not key.startswith("pooler.")}
+    wrong = sorted({*missing, *info["unexpected_keys"]})
+    if pooling is not None:
+        setattr(merged, merged.base_model_prefix, loaded.eval())
+        load_head(merged, target / HEAD_FILE)
+        loaded = merged
+    else:
+        suit_pooling(loaded, run.classifier.tokenizer)  # which `_probabilities` pads on the right all the same
     difference = float((_probabilities(run, loaded.eval()) - wanted).abs().max())
     if wrong or difference > TOLERANCE:
         reason = f"{wrong[0]} has no place in the base model" if wrong else f"probabilities differ by {difference:.1e}"
         raise RunError(f"adapter.type {config.adapter.type} cannot be merged into this model: {reason}")
-    (target / "README.md").write_text(model_card(config, results, merged=True), encoding="utf-8")
+    _describe(target, config, results, run.encoder, merged=True)
 
 
 @torch.no_grad()
@@ -89,63 +138,3 @@ def _probabilities(run: LoadedRun, model: nn.Module) -> torch.Tensor:
     probes = [probe if after else dataclasses.replace(probe, before=probe.before + "a", after=None) for probe in PROBES]
     batch = collate([run.encoder.encode(probe) for probe in probes], int(run.classifier.tokenizer.pad_token_id))  # type: ignore[arg-type]
     return model(**batch).logits.softmax(-1)
-
-
-def model_card(config: Any, results: dict[str, Any], *, merged: bool) -> str:
-    """The README of an export: what it is, what it learnt from, how good it is, how to load it."""
-    labels = list(results["dev"]["per_class"])
-    base, peft = config.model.name_or_path, config.adapter.type in ("lora", "dora", "rslora", "pissa")
-    if merged:
-        load = 'AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER")'
-    elif peft:
-        load = f'PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("{base}", '
-        load += f'num_labels={len(labels)}), "THIS_FOLDER")'
-    else:
-        load = "irtune.adapters.load_adapter(classifier, Path('THIS_FOLDER'))"
-    rows = [
-        f"| {split} | {values['examples']} | "
-        f"{values['accuracy']:.3f} | {values['macro_f1']:.3f} | {values['auprc']:.3f} |"
-        for split, values in results.items()
-        if split in ("dev", "test")
-    ]
-    ever = [str(layer) for layer, steps in enumerate(results["steps_per_layer"]) if steps]
-    return "\n".join([
-        "---",
-        f"base_model: {base}",
-        f"library_name: {'transformers' if merged else 'peft' if peft else 'irtune'}",
-        "pipeline_tag: text-classification",
-        "tags: [irtune, text-revision]",
-        "---",
-        "",
-        f"# {Path(config.run.output_dir).name}",
-        "",
-        f"{'Merged model' if merged else 'Adapter'} ({config.adapter.type}) of {base}, trained with irtune "
-        f"{results['versions']['irtune']}: method {config.tuning.method}, {results['steps']} steps, on average "
-        f"{results['layers_trained_per_step']:.1f} of {results['num_layers']} layers per step. Layers ever trained: "
-        f"{', '.join(ever) or 'none'}.",
-        "",
-        f"Classes: {', '.join(labels)}.",
-        "",
-        "## Data",
-        "",
-        f"{config.data.preset or Path(config.data.path or config.data.train or '').name}: "
-        f"{'pairs of texts before and after a revision' if config.data.after else 'single texts'}, at most "
-        f"{config.data.max_length} tokens, prompt `{config.data.prompt}`.",
-        "",
-        "## Metrics",
-        "",
-        "| split | examples | accuracy | macro-F1 | AUPRC |",
-        "| --- | --- | --- | --- | --- |",
-        *rows,
-        "",
-        "## Use",
-        "",
-        "```python",
-        load,
-        "```",
-        "",
-        "## Licence",
-        "",
-        "That of the base model and of the corpus; irtune itself is Apache-2.0.",
-        "",
-    ])  # fmt: skip

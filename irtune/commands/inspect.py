@@ -10,7 +10,7 @@ from PIL import Image
 
 from irtune.commands.common import a_path, add_json, parser, show, show_json, table
 from irtune.errors import RunError, brief
-from irtune.files import writing
+from irtune.files import replacing, writing
 from irtune.tracking.pictures import arrays, rgb, row, score_map, trained_map
 
 BAR = 24
@@ -33,8 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     if given.json:
         show_json(found)
         return 0
-    with writing(folder / "layers.png"):
-        Image.fromarray(picture(read_selections(folder), found["steps"])).save(folder / "layers.png")
+    target = folder / "layers.png"
+    with writing(target), replacing(target) as scratch:
+        Image.fromarray(picture(read_selections(folder), found["steps"])).save(scratch)
     show(_text(found, folder))
     return 0
 
@@ -47,7 +48,9 @@ def read_selections(folder: Path) -> list[dict[str, Any]]:
     """
     file = folder / "selection.jsonl"
     if not file.is_file():
-        raise RunError(f"{folder} is no run folder: it has no selection.jsonl; accepted: a run.output_dir of training")
+        raise RunError(
+            f"{folder} is not a run folder: it has no selection.jsonl; accepted: the run.output_dir of a run"
+        )
     records = _records(file)
     if not records:
         raise RunError(f"the run in {folder} has not selected any layers yet")
@@ -59,7 +62,7 @@ def read_selections(folder: Path) -> list[dict[str, Any]]:
         chosen = isinstance(selected, list) and all(isinstance(i, int) and 0 <= i < layers for i in selected)
         scored = isinstance(scores, list) and all(isinstance(s, int | float | None) for s in scores)
         if not (chosen and scored and len(scores) == layers and record.get("num_layers") == layers):
-            raise RunError(f"{file}, line {number} is damaged: it is no selection among {layers} layers")
+            raise RunError(f"{file}, line {number} is damaged: it is not a selection among {layers} layers")
     return records
 
 
@@ -72,7 +75,7 @@ def _results(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
-        raise RunError(f"{file} is damaged: it is no JSON object with steps")
+        raise RunError(f"{file} is damaged: it is not a JSON object with steps")
     return found
 
 
@@ -92,7 +95,7 @@ def _records(file: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
         elif number < len(lines):
-            raise RunError(f"{file}, line {number} is damaged: it is no record of irtune")
+            raise RunError(f"{file}, line {number} is damaged: it is not a record of irtune")
     return records
 
 

@@ -2,10 +2,10 @@
 
 import csv
 import io
-import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from irtune.data import Example, NumberedRows, parse_json_lines, read_table
 from irtune.data.readers.cells import as_text, listed
 from irtune.errors import ConfigError, DataError
 from irtune.evaluation.saved_run import LoadedRun, load_run
-from irtune.files import writing
+from irtune.files import to_json, write_text, writing
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str]) -> int:
         "predict",
         "Label texts with a finished run. Input in any format of a corpus, or JSON lines on standard input (-); the "
         "columns are those of the run's configuration. Output: the input's columns with predicted, probability, and "
-        "probabilities of all labels.",
+        "probabilities (in tables p_LABEL for each label). Where the input has a column of such a name, it is kept and "
+        "the new ones end with _2.",
         "python -m irtune predict --run runs/mine --input new.csv --output labelled.csv",
     )
     add_run(options)
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     target = None if given.output == "-" else given.output
     if target is not None and target.suffix.lower() not in OUTPUT_SUFFIXES:
         raise ConfigError(f"--output {str(given.output)!r}: accepted: {', '.join(OUTPUT_SUFFIXES)}, or -")
+    if target is not None and given.input != "-" and target.exists() and target.samefile(given.input):
+        raise ConfigError(f"--output {str(target)!r} is the input, which would be written over; name another file")
     with ranks() as world:
         if given.input == "-" and world.size > 1:
             raise ConfigError("--input - is for one process: several ranks cannot share standard input; give a file")
@@ -78,7 +81,7 @@ def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) 
     """Examples without labels from rows.
 
     Raises:
-        DataError: for a column that is missing or a cell that is no text; names file, row and column.
+        DataError: for a column that is missing or a cell that is not text; names file, row and column.
     """
     examples = []
     for number, row in rows:
@@ -94,31 +97,56 @@ def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) 
 
 def _write(target: Path | None, rows: NumberedRows, probabilities: list[list[float]], run: LoadedRun) -> None:
     """Write to `target`, complete or not at all; None: standard output."""
+    lists = target is None or target.suffix.lower() == ".jsonl"
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    new = ["predicted", "probability", *(["probabilities"] if lists else [f"p_{label}" for label in run.labels])]
+    suffix = free_suffix(new, names)
     records = []
     for (_, row), values in zip(rows, probabilities):
         best = max(range(len(values)), key=values.__getitem__)
-        found = {"predicted": run.labels[best], "probability": round(values[best], 6)}
-        records.append((row, found, dict(zip(run.labels, (round(value, 6) for value in values)))))
-    if target is None or target.suffix.lower() == ".jsonl":
-        lines = [json.dumps({**row, **found, "probabilities": every}, ensure_ascii=False, default=str) + "\n"
-                 for row, found, every in records]  # fmt: skip
+        found = [run.labels[best], round(values[best], 6)]
+        every = [round(value, 6) for value in values]
+        found += [dict(zip(run.labels, every))] if lists else every
+        records.append(row | {f"{name}{suffix}": value for name, value in zip(new, found)})
+    if suffix:
+        sys.stderr.write(
+            f"the input's columns {listed(name for name in new if name in names)} are kept; the new ones are "
+            f"{listed(f'{name}{suffix}' for name in new)}\n"
+        )
+    if target is None or lists:
+        lines = [to_json(record, other=str) + "\n" for record in records]
         if target is None:
             sys.stdout.writelines(lines)
             return
-        _replace(target, "".join(lines))
-        return
-    names = dict.fromkeys(name for row, _, _ in records for name in row)
-    header = [*names, "predicted", "probability", *(f"p_{label}" for label in run.labels)]
-    text = io.StringIO(newline="")
-    writer: Any = csv.DictWriter(text, header, delimiter="\t" if target.suffix.lower() == ".tsv" else ",")
-    writer.writeheader()
-    writer.writerows({**row, **found, **{f"p_{k}": v for k, v in every.items()}} for row, found, every in records)
-    _replace(target, text.getvalue())
-
-
-def _replace(target: Path, text: str) -> None:
+        text = "".join(lines)
+    else:
+        header = [*names, *(f"{name}{suffix}" for name in new)]
+        text = _table(header, records, "\t" if target.suffix.lower() == ".tsv" else ",")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}")
-        scratch.write_text(text, encoding="utf-8", newline="")
-        scratch.replace(target)
+        write_text(target, text)
+
+
+def _table(header: list[str], records: list[dict[str, Any]], delimiter: str) -> str:
+    """Columns of the input, then the prediction, then a column for each label."""
+    text = io.StringIO(newline="")
+    writer: Any = csv.DictWriter(text, header, delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in record.items()} for record in records)
+    return text.getvalue()
+
+
+def free_suffix(new: Sequence[str], taken: Collection[str]) -> str:
+    """What the names `new` end with so that none of them is `taken`: nothing, or _2, _3 and so on."""
+    suffix, number = "", 1
+    while any(f"{name}{suffix}" in taken for name in new):
+        number += 1
+        suffix = f"_{number}"
+    return suffix
+
+
+def _cell(value: Any) -> Any:
+    """A value in a table: lists and objects of JSON lines as JSON, what is not a number as an empty cell."""
+    if isinstance(value, list | dict):
+        return to_json(value, other=str)
+    return "" if isinstance(value, float) and not math.isfinite(value) else value

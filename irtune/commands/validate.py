@@ -1,51 +1,53 @@
 """`python -m irtune validate`: every error of a configuration at once, and what the model would see."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from irtune.commands.common import show, show_json
+from transformers.utils import logging as transformers_logging
+
+from irtune.adapters.build import add_adapters
+from irtune.adapters.guard import check_length, watch
+from irtune.commands.common import add_json, at_least, parser, show, show_json
 from irtune.config import Config, load_config
-from irtune.config.batch_size import for_ranks
+from irtune.config.batch_size import with_accumulation
+from irtune.config.checks import pools_edits
+from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.data import Corpus, Encoder, plan_batches, read_corpus
+from irtune.config.warmup import warmup_length
+from irtune.data import Corpus, Encoder, build_sampler, read_corpus, total_steps
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
+from irtune.engine.losses import class_weights
 from irtune.errors import ConfigError, IrtuneError
-from irtune.memory import describe, plan_run, shortage
+from irtune.evaluation.saved_run import check_will_load
+from irtune.evaluation.start import start_from
+from irtune.memory import describe, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
+from irtune.models import load_classifier
 from irtune.models.classifier import load_tokenizer
+from irtune.models.limits import check_tokens
+from irtune.models.pooling import check_pooling
 
 SHOWN = 3
 RARE = 20
-HELP = """usage: python -m irtune validate --config FILE [--section.key value ...] [--ranks N] [--json]
-
-Check a configuration without training: every error and warning at once, the batch arithmetic, the memory plan, and the
-first three examples as the model will see them. No weights of the base model are loaded. Exit status 0: it can run; 2:
-it cannot.
-
-example: python -m irtune validate --config launch/recipes/iterater-smollm2.yaml --data.path corpus/
-"""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check the configuration that `arguments` describe."""
-    if "-h" in arguments or "--help" in arguments:
-        show(HELP)
-        return 0
-    as_json = "--json" in arguments
-    rest = [argument for argument in arguments if argument != "--json"]
-    ranks = 1
-    if "--ranks" in rest:
-        place = rest.index("--ranks")
-        value = rest[place + 1] if place + 1 < len(rest) else ""
-        if not re.fullmatch("[0-9]{1,6}", value) or int(value) < 1:
-            raise ConfigError(f"--ranks is {value[:100]!r}; accepted: a whole number of at least 1")
-        ranks = int(value)
-        del rest[place : place + 2]
-    found = validate(load_config(rest), ranks)
-    show_json(found) if as_json else show(_text(found))
+    options = parser(
+        "validate",
+        "Check a configuration without training: every error and warning at once, the batch arithmetic, the memory "
+        "plan, and the first three examples as the model will see them. No weights of the base model are loaded. Exit "
+        "status 0: it can run; 2: it cannot.",
+        "python -m irtune validate --config launch/recipes/iterater-smollm2.yaml --data.path corpus/",
+        trainer=True,
+    )
+    options.add_argument("--ranks", type=at_least(1), default=1, help="of the run (default 1)")
+    add_json(options)
+    given, trainer = options.parse_known_args(list(arguments))
+    found = validate(load_config(trainer), given.ranks)
+    show_json(found) if given.json else show(_text(found))
     return 0
 
 
@@ -58,25 +60,33 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     problems: list[str] = []
     settings, engine_problems = read_engine_json(config, ranks)
     problems += engine_problems + unknown_zero_keys(settings)
-    config = for_ranks(config, ranks)
+    config = with_accumulation(config, ranks)
     corpus = _tried(lambda: read_corpus(config.data), problems)
+    if corpus:
+        _tried(lambda: class_weights(config.optim, corpus.labels), problems)
     tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
-    encoder = encoded = plan = None
+    encoder = encoded = sampler = None
+    if tokenizer:
+        _tried(lambda: check_pooling(config.model, tokenizer), problems)
     if corpus and tokenizer:
-        encoder = _tried(lambda: Encoder(tokenizer, config.data, corpus.labels), problems)
+        edits = pools_edits(config.model)
+        encoder = _tried(lambda: Encoder(tokenizer, config.data, corpus.labels, edits=edits), problems)
     if corpus and encoder:
-        encoded = _tried(lambda: {s: [encoder.encode(e) for e in rows] for s, rows in corpus.splits.items()}, problems)
+        encoded = _tried(lambda: encoder.encode_corpus(corpus), problems)
     if encoded:
-        lengths = [len(item["input_ids"]) for item in encoded["train"]]
         micro_batches = ranks * config.optim.gradient_accumulation_steps
-        plan = _tried(lambda: plan_batches(lengths, config, micro_batches), problems)
-    if problems or not (corpus and tokenizer and encoded and plan):
+        sampler = _tried(lambda: build_sampler(encoded["train"], config, micro_batches), problems)
+    if corpus and encoded:
+        _tried(lambda: _check_model(config, corpus, encoded), problems)
+    if problems or not (corpus and tokenizer and encoded and sampler):
         raise ConfigError(problems)
-    steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
+    steps, lengths = total_steps(config.optim, sampler), sampler.lengths
     device = read_world().device
-    memory = plan_run(config, settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels)
+    memory = estimate_memory(
+        config, settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels
+    )
     short = memory and shortage(memory)
-    full = [len(item["input_ids"]) >= config.data.max_length for item in encoded["train"]]
+    full = [length >= config.data.max_length for length in lengths]
     return {
         "warnings": _warnings(corpus, sum(full), steps, config) + ([short] if short else []),
         "examples": {split: len(rows) for split, rows in corpus.splits.items()},
@@ -86,9 +96,9 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
             "micro_batch_tokens": config.optim.micro_batch_tokens,
             "gradient_accumulation_steps": config.optim.gradient_accumulation_steps,
             "ranks": ranks,
-            "examples_per_step": plan.examples_per_step,
+            "examples_per_step": sampler.examples_per_step,
             "steps": steps,
-            "steps_per_epoch": plan.steps_per_epoch,
+            "steps_per_epoch": sampler.steps_per_epoch,
         },
         "memory_plan": memory and describe(memory),
         "planned_memory_bytes": memory and memory.estimate.total,
@@ -101,11 +111,32 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
                 "id": example.id,
                 "label": corpus.labels[example.label],
                 "tokens": len(item["input_ids"]),
+                "edit_tokens": sum(item["edit_mask"]) if "edit_mask" in item else None,
                 "text": tokenizer.decode(item["input_ids"]),
             }
             for example, item in zip(corpus.splits["train"][:SHOWN], encoded["train"])
         ],
     }
+
+
+def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> None:
+    """Load the model, put adapters in and look at both, as a run does at its start.
+
+    Raises:
+        ConfigError, ModelError, RunError: for what a run would be refused for.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    classifier = load_classifier(config.model, corpus.labels)
+    check_length(config, classifier)
+    check_tokens(classifier, encoded.values())
+    guard = watch(classifier, encoded["train"], patient=True)
+    model, table = add_adapters(classifier, config.adapter)
+    if guard is not None:
+        guard.check(model, table, config.adapter)
+    check_will_load(model)
+    if config.model.start_from is not None:
+        start_from(config.model.start_from, model, table, config.adapter, corpus.labels)
 
 
 def _tried(build: Any, problems: list[str]) -> Any:
@@ -128,9 +159,10 @@ def _warnings(corpus: Corpus, at_limit: int, steps: int, config: Config) -> list
         share = at_limit / len(corpus.splits["train"])
         warnings.append(f"{at_limit} training examples ({share:.1%}) reach data.max_length {config.data.max_length} "
                         "and may be shortened")  # fmt: skip
-    if config.optim.warmup_steps >= steps:
-        warnings.append(f"optim.warmup_steps ({config.optim.warmup_steps}) lasts for all {steps} steps")
-    if config.tuning.method == "ir" and config.tuning.interval >= steps:
+    if warmup_length(config.optim, steps) >= steps:
+        given = "warmup_steps" if config.optim.warmup_fraction is None else "warmup_fraction"
+        warnings.append(f"optim.{given} ({getattr(config.optim, given)}) lasts for all {steps} steps")
+    if methods()[config.tuning.method].repeats and config.tuning.interval >= steps:
         warnings.append(f"tuning.interval ({config.tuning.interval}): layers are chosen only once in {steps} steps")
     return warnings
 
@@ -152,5 +184,8 @@ def _text(found: dict[str, Any]) -> str:
         *([found["memory_plan"]] if found["memory_plan"] else []),
     ]
     for example in found["first_examples"]:
-        lines += ["", f"--- {example['id']}: {example['label']}, {example['tokens']} tokens", example["text"]]
+        size = f"{example['tokens']} tokens"
+        if example["edit_tokens"] is not None:
+            size += f", {example['edit_tokens']} of them in edits"
+        lines += ["", f"--- {example['id']}: {example['label']}, {size}", example["text"]]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ def accumulation(optim: OptimConfig, ranks: int) -> tuple[int, list[str]]:
     global batch = micro-batch x accumulation x ranks. An accumulation of 1, which is the default, is filled in.
     """
     total, given = optim.global_batch_size, optim.gradient_accumulation_steps
-    if total is None or total < 1 or optim.micro_batch_size < 1:  # the last two are told elsewhere
+    if total is None or total < 1 or optim.micro_batch_size < 1:  # the last two are reported elsewhere
         return given, []
     at_once = optim.micro_batch_size * ranks
     if total % at_once:
@@ -20,25 +20,25 @@ def accumulation(optim: OptimConfig, ranks: int) -> tuple[int, list[str]]:
         sizes = _divisors(total // ranks) if total % ranks == 0 else []
         smaller = f", or optim.micro_batch_size {' or '.join(map(str, sizes))}" if sizes else ""
         return given, [
-            f"optim.global_batch_size is {total}, which is no multiple of optim.micro_batch_size "
+            f"optim.global_batch_size is {total}, which is not a multiple of optim.micro_batch_size "
             f"{optim.micro_batch_size} x {ranks} rank(s); accepted: {' or '.join(map(str, nearest))}{smaller}"
         ]
     steps = total // at_once
     if given not in (1, steps):
         return given, [
             f"optim.gradient_accumulation_steps is {given}, but optim.global_batch_size {total} on {ranks} rank(s) "
-            f"with optim.micro_batch_size {optim.micro_batch_size} makes it {steps}; leave one of the two out"
+            f"with optim.micro_batch_size {optim.micro_batch_size} makes it {steps}; remove one of the two"
         ]
     return steps, []
 
 
-def rows_at_once(config: Config) -> int:
+def longest_micro_batch(config: Config) -> int:
     """Examples of the longest input, data.max_length tokens, in one micro-batch; rounded up where tokens fill it."""
     tokens = config.optim.micro_batch_tokens
     return config.optim.micro_batch_size if tokens is None else -(-tokens // config.data.max_length)
 
 
-def for_ranks(config: Config, ranks: int) -> Config:
+def with_accumulation(config: Config, ranks: int) -> Config:
     """`config` with the accumulation steps of a job of `ranks` ranks; as it is where there is a problem."""
     steps, _ = accumulation(config.optim, ranks)
     if steps == config.optim.gradient_accumulation_steps:
@@ -47,6 +47,6 @@ def for_ranks(config: Config, ranks: int) -> Config:
 
 
 def _divisors(number: int) -> list[int]:
-    """Of `number`, the largest ones first, four at most."""
+    """Divisors of `number`, the largest ones first, four at most."""
     small = [value for value in range(1, math.isqrt(number) + 1) if number % value == 0]
     return sorted({*small, *(number // value for value in small)}, reverse=True)[:4]

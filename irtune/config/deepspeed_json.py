@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from irtune.config.batch_size import accumulation, for_ranks
-from irtune.config.checks import check_compile, check_sharding
+from irtune.config.batch_size import accumulation, with_accumulation
+from irtune.config.checks import check_compile, check_parameters, check_sharding
 from irtune.config.schema import Config
 from irtune.errors import brief
 
@@ -20,7 +20,7 @@ RECIPE_ONLY = {
 }
 
 
-# What may stand at the top of the file: knobs of the engine that do not change what is computed.
+# What the top of the file may hold: knobs of the engine that do not change what is computed.
 KNOBS = {
     "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "bf16", "fp16", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
@@ -67,7 +67,7 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
         return {}, problems
     if world_size is not None:
         problems += accumulation(config.optim, world_size)[1]
-        config = for_ranks(config, world_size)
+        config = with_accumulation(config, world_size)
     for key, (option, value) in _decided(config, world_size).items():
         given = _get(settings, key)
         if given not in (None, "auto", value):
@@ -78,6 +78,7 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
         problems.append(f"{path}: zero_optimization.stage is {brief(stage)}; accepted: 0, 1, 2, 3")
     problems += check_sharding(config.model.quantization, settings["zero_optimization"], path)
     problems += check_compile(config, settings["zero_optimization"], path)
+    problems += check_parameters(config.adapter.target_parameters, settings["zero_optimization"], path)
     # The optimizer is torch's AdamW: ZeRO must accept it, and offload must not insist on DeepSpeed's own.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     # DeepSpeed's own throughput would wait for the GPU twice per micro-batch; nobody would see it.
@@ -90,7 +91,7 @@ def _parse(path: Path) -> Any:
     """The JSON of a file.
 
     Raises:
-        OSError, ValueError, RecursionError: for what is no JSON, holds a key twice, or is far too large.
+        OSError, ValueError, RecursionError: for a file that is not JSON, has a key twice, or is far too large.
     """
     with path.open("rb") as source:
         content = source.read(MAX_BYTES + 1)
@@ -104,7 +105,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"the key {name!r} stands twice")
+            raise ValueError(f"the key {name!r} appears twice")
     return dict(pairs)
 
 
@@ -113,7 +114,7 @@ def _unknown(settings: dict[str, Any], path: Path) -> list[str]:
     problems = []
     for key in settings:
         if key in RECIPE_ONLY:
-            problems.append(f"{path}: {key!r} belongs to {RECIPE_ONLY[key]}; take it out of the DeepSpeed file")
+            problems.append(f"{path}: {key!r} belongs to {RECIPE_ONLY[key]}; remove it from the DeepSpeed file")
         elif key not in KNOBS:
             near = difflib.get_close_matches(key, KNOBS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(sorted(KNOBS))}"

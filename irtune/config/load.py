@@ -13,28 +13,14 @@ import yaml
 from irtune.config.checks import check_config
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.config.presets import fill_presets
-from irtune.config.schema import (
-    AdapterConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TuningConfig,
-)
+from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type, known_keys
+from irtune.config.template import read_template
 from irtune.config.values import implausible
 from irtune.config.yaml_file import parse_yaml, read_recipe
 from irtune.errors import ConfigError, brief
+from irtune.files import write_text
 from irtune.redaction import redact, without_secrets
 
-SECTIONS: dict[str, Any] = {
-    "model": ModelConfig,
-    "adapter": AdapterConfig,
-    "data": DataConfig,
-    "tuning": TuningConfig,
-    "optim": OptimConfig,
-    "run": RunConfig,
-}
 # Written by the launchers themselves; the rank comes from the environment, so the value is not used.
 LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 
@@ -49,19 +35,17 @@ def parser() -> jsonargparse.ArgumentParser:
         description="Fine-tune a language model layer by layer. "
         "Example: deepspeed --num_gpus 2 train.py --config launch/recipes/iterater-smollm2.yaml --optim.lr 1e-4",
     )
-    built.add_argument("--config", type=str, help="YAML file with the sections below; options given beside it win.")
+    built.add_argument("--config", type=str, help="YAML file with the sections below; other options override it.")
     for name, section in SECTIONS.items():
         built.add_class_arguments(section, name)
+    for action in built._actions:
+        limit = declared_limit(action.dest) if action.dest in known_keys() else None
+        if limit is not None:
+            action.help = f"{action.help} Accepted: {limit.words}."
     built.add_argument(
         "--deepspeed", type=str, default=Config.deepspeed, help="DeepSpeed JSON file with the engine's settings."
     )
     return built
-
-
-def known_keys() -> list[str]:
-    """All dotted keys, for example `optim.lr`."""
-    keys = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.__dataclass_fields__]
-    return [*keys, "deepspeed"]
 
 
 def load_config(arguments: Sequence[str]) -> Config:
@@ -78,6 +62,13 @@ def load_config(arguments: Sequence[str]) -> Config:
     values = _read_yaml(file, problems) if file is not None else {}
     checked = _typed(values, f"{file}: ", problems, from_command_line=False)
     checked |= _typed(overrides, "", problems, from_command_line=True)
+    if checked.get("optim.warmup_fraction") is not None:
+        checked = {"optim.warmup_steps": 0} | checked  # in place of the default; a number beside it is a contradiction
+    if checked.get("data.template") is not None:
+        checked["data.template"], unread = read_template(checked["data.template"])
+        problems += unread
+        if unread:
+            del checked["data.template"]
     config = _instantiate(fill_presets(checked))
     problems += check_config(config)
     problems += read_engine_json(config, world_size=None)[1]
@@ -92,7 +83,7 @@ def write_config(config: Config, path: Path) -> None:
     What looks like a password is left out, should a configuration that `load_config` has not seen hold one.
     """
     plain = {name: dict(vars(getattr(config, name))) for name in SECTIONS} | {"deepspeed": config.deepspeed}
-    path.write_text(yaml.safe_dump(without_secrets(plain), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(without_secrets(plain), sort_keys=False, allow_unicode=True))
 
 
 def _split_arguments(arguments: Sequence[str], problems: list[str]) -> tuple[str | None, dict[str, str]]:
@@ -154,7 +145,9 @@ def _typed(values: dict[str, Any], where: str, problems: list[str], *, from_comm
             else:
                 value = parse_yaml(value) if from_command_line else value
                 value = _labels_as_text(value) if key in ("data.labels", "data.drop_labels") else value
-                if value is None and type(None) not in typing.get_args(_declared(key)):
+                if key == "optim.class_weights" and isinstance(value, dict):
+                    value = dict(zip(_labels_as_text(list(value)), value.values()))
+                if value is None and type(None) not in typing.get_args(declared_type(key)):
                     raise TypeError("null")  # which jsonargparse takes for no value at all
                 parsed = _parser_of(key).parse_object({"value": value}).value
         except Exception:  # jsonargparse raises several kinds for a value of the wrong type
@@ -183,24 +176,18 @@ def _labels_as_text(value: Any) -> Any:
 def _parser_of(key: str) -> jsonargparse.ArgumentParser:
     """A parser of one option's value; the whole `parser` takes fifty times as long for it."""
     built = jsonargparse.ArgumentParser(exit_on_error=False)
-    built.add_argument("--value", type=_declared(key))
+    built.add_argument("--value", type=declared_type(key))
     return built
-
-
-def _declared(key: str) -> Any:
-    """The type of an option."""
-    section, _, field = key.rpartition(".")
-    return SECTIONS[section].__dataclass_fields__[field].type if section else str
 
 
 def _takes_lists(key: str) -> bool:
     """Whether the value of an option may be a list or a map."""
-    return any(kind in str(_declared(key)) for kind in ("list", "dict"))
+    return any(kind in str(declared_type(key)) for kind in ("list", "dict"))
 
 
 def _accepted(key: str) -> str:
     """What the option takes, in words, from its declared type."""
-    declared = _declared(key)
+    declared = declared_type(key)
     text = getattr(declared, "__name__", None) if isinstance(declared, type) else str(declared)
     text = (text or str(declared)).replace("typing.Literal", "one of ").replace("NoneType", "null")
     text = text.removeprefix("typing.Union[").replace("], one of", "] or one of")
@@ -209,7 +196,7 @@ def _accepted(key: str) -> str:
 
 def _nearest(key: str, value: Any) -> str:
     """The choice of an option that `value` may have been meant for."""
-    declared = _declared(key)
+    declared = declared_type(key)
     choices = [choice for choice in typing.get_args(declared) if isinstance(choice, str)]
     near = difflib.get_close_matches(str(value)[:100], choices, n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,6 +1,9 @@
 """Names that stand for several settings. A preset only fills in what the user did not set."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from irtune.config.declarations import adapter_kinds, methods
 
 MODELS = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B",
@@ -11,6 +14,7 @@ MODELS = {
     "phi-2": "microsoft/phi-2",
 }
 
+# Those of adapter types and methods stand in their declarations, as `fills`.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("data.preset", "iterater-human"): {
         "data.before": "before_sent",
@@ -19,16 +23,6 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "data.drop_labels": ["others"],  # by convention: 45 of 2,946 rows, no intention of its own
     },
     ("data.preset", "argrewrite"): {"data.before": "source", "data.after": "target", "data.label": "label"},
-    ("tuning.method", "rst"): {"tuning.interval": 1},  # a new draw at every step
-    ("tuning.method", "ist"): {"tuning.interval": 1},
-    ("tuning.method", "spafit"): {"adapter.type": "spafit"},
-    # The model's own parameters train, in its number format; masters are fp32.
-    ("adapter.type", "none"): {"adapter.dtype": "model"},
-    ("adapter.type", "bitfit"): {"adapter.dtype": "model"},
-    ("adapter.type", "spafit"): {"adapter.dtype": "model"},
-    # No layer has a parameter: nothing is there to choose.
-    ("adapter.type", "prompt"): {"tuning.method": "full"},
-    ("adapter.type", "ltuning-prompt"): {"tuning.method": "full"},
     ("tuning.preset", "reference"): {
         "tuning.score": "reference",
         "tuning.scores": "stale",
@@ -42,13 +36,36 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 def fill_presets(values: dict[str, Any]) -> dict[str, Any]:
     """Return the flat `values` (dotted key -> value) with what its presets add; keys already there are kept."""
     filled = dict(values)
+    method = methods().get(filled.get("tuning.method", ""))
+    if method is not None:
+        _fill(filled, method.fills)
+        _fill(filled, method.fills_with.get(filled.get("adapter.type", ""), {}))
+    kind = adapter_kinds().get(filled.get("adapter.type", ""))
+    if kind is not None:
+        _fill(filled, kind.fills)
     for (key, name), settings in PRESETS.items():
         if filled.get(key) == name:
-            for setting, value in settings.items():
-                filled.setdefault(setting, value)
-    if filled.get("tuning.method") == "lisa" and filled.get("adapter.type") == "none":
-        filled.setdefault("adapter.embeddings", True)  # LISA's always trained parts, with the head
+            _fill(filled, settings)
     model = filled.get("model.name_or_path")
     if isinstance(model, str) and model in MODELS:
         filled["model.name_or_path"] = MODELS[model]
     return filled
+
+
+def _fill(filled: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        filled.setdefault(key, value)
+
+
+def choices() -> list[dict[str, str]]:
+    """All settings, most of a single key, that fill in others."""
+    declared = [
+        *({"tuning.method": name} for name, method in methods().items() if method.fills),
+        *(
+            {"tuning.method": name, "adapter.type": kind}
+            for name, method in methods().items()
+            for kind in method.fills_with
+        ),
+        *({"adapter.type": name} for name, kind in adapter_kinds().items() if kind.fills),
+    ]
+    return [*({key: name} for key, name in PRESETS), *declared]

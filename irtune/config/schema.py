@@ -1,16 +1,41 @@
-"""The sections of a configuration. The text under each field is its help on the command line."""
+"""The sections of a configuration: type, limit, default and meaning of each key stand here and nowhere else.
 
+The text under each field is its help on the command line. A limit stands in the field's `Annotated` type;
+`declared_type` and `declared_limit` give what is declared to whoever checks or describes a key.
+"""
+
+import functools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from irtune.config.declarations import adapter_kinds, methods
+from irtune.config.limits import Form, Limit, OneOf, Range
+
+MAX_WIDTH = 2**16  # rank or width of an adapter; wider ones are typing errors that would fill the memory
+
+
+def _is_fold(text: str) -> bool:
+    k, slash, n = text.partition("/")
+    numbers = slash and k.isdecimal() and n.isdecimal() and len(k + n) < 20
+    return bool(numbers) and int(n) >= 2 and 1 <= int(k) <= int(n)
+
+
+MODEL = Form("a folder, a hub id or a preset", str.strip)
+FOLD = Form("K/N with 1 <= K <= N and N at least 2, such as 2/5", _is_fold)
+STRATA = Form("[a, b] with 0 <= a <= b <= layers", lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1])
+BETAS = Form("two numbers from 0 to below 1", lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas))
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """The pretrained model."""
 
-    name_or_path: str = "~/.cache/irtune/SmolLM2-135M-Instruct"
+    name_or_path: Annotated[str, MODEL] = "~/.cache/irtune/SmolLM2-135M-Instruct"
     """Local folder, hub id, or a preset: llama3.1-8b, llama2-13b, mistral-7b, deepseek-r1-distil-8b, qwen3-8b or
     phi-2."""
+    start_from: str | None = None
+    """Folder of a run, or of an adapter, whose adapter and head this run starts from, for example from a large corpus
+    of lower quality to a small one. With other labels, the head starts anew. null: from fresh ones."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the base weights and of the computation."""
     quantization: Literal["none", "nf4", "int8"] = "none"
@@ -24,6 +49,14 @@ class ModelConfig:
     base."""
     fused_kernels: bool = False
     """On a GPU, use the fused norm, rotary and feed-forward kernels of the package liger-kernel, if it is installed."""
+    pooling: Literal["class", "last", "cls", "mean", "edit", "mean+edit", "last+edit"] = "class"
+    """Where the classification head reads the text. class: where the model's own sequence classifier does; last: at the
+    last token; cls: at the first, of tokenizers with a classification token; mean: the mean of all tokens; edit: the
+    mean of the tokens of the marked edits, of all tokens where nothing is marked; mean+edit and last+edit: both. Those
+    with edit need data.prompt diff. All but class have a head of irtune's that computes in fp32 and starts at zero, and
+    are saved in irtune's format."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Head of every pooling but class: linear, or mlp with a hidden layer as wide as the model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
@@ -37,30 +70,30 @@ class ModelConfig:
 class AdapterConfig:
     """What is put into every layer."""
 
-    type: str = "lora"
-    """Kind of adapter: lora, dora, rslora, pissa (low-rank updates of linear modules); bottleneck (a small network
-    behind or beside a block); bitfit (the biases); prefix (keys and values before each attention); prompt (embeddings
-    before the text); none (the layers' own weights); ltuning-prompt, ltuning-prefix (conditioned on each label's text);
-    spafit (strata of layers: frozen, biases, LoRA and biases)."""
-    r: int = 8
+    type: Annotated[str, OneOf(adapter_kinds)] = "lora"
+    """Kind of adapter."""
+    r: Annotated[int, Range(1, MAX_WIDTH)] = 8
     """Rank of the update; inner width of ltuning-prefix."""
-    alpha: float = 16.0
+    alpha: Annotated[float, Range(0.0, above=True)] = 16.0
     """Scale of the update: alpha / r for lora."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Dropout on the adapter's input during training."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear modules that get an adapter, or all-linear: every one except the classification head."""
-    size: int = 256
+    target_parameters: list[str] = field(default_factory=list)
+    """Names of weights that get an update of lora or rslora although no linear module holds them, such as those of
+    experts: [experts.gate_up_proj, experts.down_proj]. Not under ZeRO 3, and without dropout."""
+    size: Annotated[int, Range(1, MAX_WIDTH)] = 256
     """Inner width of bottleneck and of the network of ltuning-prompt."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation of bottleneck."""
     placement: Literal["serial", "parallel"] = "serial"
     """bottleneck on the output of attention and feed-forward block, or beside the feed-forward block."""
-    scale: float = 1.0
+    scale: Annotated[float, Range(0.0, above=True)] = 1.0
     """Factor of what bottleneck adds."""
-    num_tokens: int = 16
+    num_tokens: Annotated[int, Range(1, MAX_WIDTH)] = 16
     """Keys and values per attention of prefix and ltuning-prefix; embeddings of prompt."""
-    strata: list[int] | None = None
+    strata: Annotated[list[int] | None, STRATA] = None
     """a and b of spafit: layers [0, a) frozen, [a, b) biases, the others LoRA and biases. null: the paper's shares."""
     embeddings: bool = False
     """With type none, train the input embeddings too. They are often larger than all layers that train at a time."""
@@ -74,9 +107,12 @@ class DataConfig:
     """The corpus and how a row becomes text."""
 
     preset: Literal["iterater-human", "argrewrite"] | None = None
-    """Known corpus: sets the columns and the labels that are dropped. Keys given beside it win."""
+    """Known corpus: sets the columns and the labels that are dropped. Keys that are set explicitly take precedence."""
     path: str | None = None
-    """A file (then it is the training split), a folder with train, dev and test files, or a hub id."""
+    """A file (then it is the training split), a folder with train, dev and test files (also shards as the hub has them,
+    and what save_to_disk writes), or a hub id."""
+    config: str | None = None
+    """Configuration of a hub corpus, or of a folder laid out like one, that has several."""
     train: str | None = None
     """File of the training split, when it is not found by data.path."""
     dev: str | None = None
@@ -93,10 +129,13 @@ class DataConfig:
     """Column with an example's id. Where it is missing, an example is called SPLIT:ROW."""
     group: str | None = None
     """Column with an example's document, which is kept on one side when a dev split is made."""
-    dev_fraction: float | None = None
-    """Share of the training split that becomes the dev split of a corpus without one. null: such a corpus is an
-    error."""
-    fold: str | None = None
+    weight: str | None = None
+    """Column with an example's weight in the training loss, a number of at least 0. The loss stays a mean over the
+    examples: the sum of weight times loss, divided by their number."""
+    dev_fraction: Annotated[float | None, Range(0.0, 0.5, above=True)] = None
+    """Share of the training split that becomes the dev split of a corpus without one: of each label to within one
+    example, or as near as documents that stay whole allow. null: such a corpus is an error."""
+    fold: Annotated[str | None, FOLD] = None
     """K/N, for example 2/5: train and dev split are joined and cut into N folds, of which the K-th is the dev split."""
     split_seed: int = 0
     """Seed of dev_fraction and fold, apart from run.seed, so that runs with other seeds see the same splits."""
@@ -104,36 +143,41 @@ class DataConfig:
     """Labels in order of their numbers, or a map from raw label to label; null: those of the training split, sorted."""
     drop_labels: list[str] = field(default_factory=list)
     """Rows with one of these raw labels are left out."""
-    length_bucket: int = 50
+    length_bucket: Annotated[int, Range(1)] = 50
     """Global batches whose examples are sorted by length together: less padding. Where labels go with length (an empty
     text), batches then lean to a label; 1 makes every global batch a random one."""
-    max_length: int = 256
-    """Longest input in tokens. The longer of the two texts is shortened first; the template is never cut."""
-    prompt: Literal["plain", "instruction", "tagged"] = "tagged"
-    """How a pair is written: plain pair, instruction with the list of labels, or <old>...</old><new>...</new>."""
+    max_length: Annotated[int, Range(16)] = 256
+    """Longest input in tokens. The longer of the two texts is shortened first, of a diff the unchanged text furthest
+    from the edits; the template is never cut."""
+    prompt: Literal["plain", "instruction", "tagged", "diff"] = "tagged"
+    """How a pair is written: plain pair, instruction with the list of labels, <old>...</old><new>...</new>, or diff:
+    unchanged words once, edits marked at their place, as in `the [-blue-]{+red+} house`."""
+    context_words: Annotated[int | None, Range(0)] = None
+    """With prompt diff, unchanged text further than so many words from every edit is left out. null: all of it stays
+    that fits into max_length."""
+    template: str | None = None
+    """Your own format instead of prompt: a text, or a file with one, that holds {before} and, for pairs, {after} behind
+    it; {labels} is the list of labels, and {{ and }} are braces. A file's text goes into the run's config.yaml."""
 
 
 @dataclass(kw_only=True)
 class TuningConfig:
     """Which layers are trained."""
 
-    method: Literal["ir", "full", "rst", "ist", "lisa", "cyclic", "grass", "spectrum", "fixed", "topk", "spafit"] = "ir"
-    """ir: layers whose gradient norms stand out; full: all layers; rst: random layers at every step; ist: layers
-    drawn by learnt importance; lisa: a few random layers for `interval` steps; cyclic: blocks of layers in turn;
-    grass: layers drawn by their gradient norms; spectrum: by the signal-to-noise ratio of their weights, once; fixed:
-    `layers`; topk: the highest scores; spafit: all but the lowest stratum of the adapter type spafit."""
+    method: Annotated[str, OneOf(methods)] = "ir"
+    """How layers are chosen."""
     budget: int | float | None = None
-    """Layers that are trained at a time: a whole number of layers, or a fraction such as 0.25. null: what the method's
-    paper takes (rst .125, ist .25, lisa 2, cyclic 1, grass, spectrum and topk .25); ir then follows its rule."""
+    """Layers that are trained at a time: a whole number of layers, or a fraction such as 0.25. null: the budget of the
+    method's paper, which is listed with the methods; ir then follows its rule."""
     layers: str | None = None
     """Layers of the method fixed: numbers and ranges such as 0-3,7,-1 (-1 is the last)."""
     order: Literal["ascending", "descending", "random"] = "random"
     """Order in which the method cyclic visits its blocks."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Range(0.0, above=True)] = 1.0
     """tau of the method grass: p = softmax(m / tau)."""
     preset: Literal["default", "reference"] = "default"
     """default: rms, fresh, otsu, every 10 steps. reference: the published code's choices (reference score, stale,
-    reference rule, every step, random first half). Keys given beside it win."""
+    reference rule, every step, random first half). Keys that are set explicitly take precedence."""
     score: Literal["rms", "global", "reference", "weight", "cosine"] = "rms"
     """What a layer's importance is."""
     scores: Literal["fresh", "stale"] = "fresh"
@@ -142,22 +186,22 @@ class TuningConfig:
     """First selection: scores of the first global batch before any update, or a random half of the layers."""
     rule: Literal["otsu", "reference"] = "otsu"
     """How sorted scores are cut into a frozen and a trained group."""
-    num_splits: int = 1
+    num_splits: Annotated[int, Range(1, 8)] = 1
     """How often the trained group is cut again (1: not)."""
-    interval: int = 10
+    interval: Annotated[int, Range(1)] = 10
     """Optimizer steps between selections."""
-    min_fraction: float = 0.10
+    min_fraction: Annotated[float, Range(0.0, 1.0)] = 0.10
     """Smallest share of layers that otsu selects."""
-    max_fraction: float = 0.65
+    max_fraction: Annotated[float, Range(0.0, 1.0, above=True)] = 0.65
     """Largest share of layers that otsu selects."""
-    cost_weight: float = 0.0
+    cost_weight: Annotated[float, Range(0.0)] = 0.0
     """With method ir, share of the selected layers' score mass that may be given up for the same share of the backward
     pass, which ends at the lowest selected layer. 0: the paper's choice, whatever it costs."""
-    ema: float = 0.0
+    ema: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Smoothing of scores: s <- ema * s_old + (1 - ema) * s_new."""
     deselected_state: Literal["offload", "drop"] = "offload"
     """Optimizer state of a layer that is frozen: parked in host memory and restored bit for bit, or thrown away."""
-    max_bad_scores: int = 10
+    max_bad_scores: Annotated[int, Range(1)] = 10
     """Selections in a row with scores that are not finite before training stops."""
 
 
@@ -165,41 +209,49 @@ class TuningConfig:
 class OptimConfig:
     """Optimizer, schedule and batch."""
 
-    lr: float = 5e-4
+    lr: Annotated[float, Range(0.0, above=True)] = 5e-4
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.0
+    head_lr: Annotated[float, Range(0.0, above=True)] = 1.0
+    """Learning rate of the head, and of what else is outside the layers, as a multiple of lr."""
+    weight_decay: Annotated[float, Range(0.0)] = 0.0
     """Decoupled weight decay of the layers that are being trained and the head."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[float], BETAS] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of Adam's two moments."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(0.0, 1.0, above=True, below=True)] = 1e-8
     """Adam's denominator offset."""
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, Range(0)] = 10
     """Optimizer steps of linear warm-up."""
+    warmup_fraction: Annotated[float | None, Range(0.0, 1.0, below=True)] = None
+    """Share of all optimizer steps that is linear warm-up, rounded up, instead of warmup_steps."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up; linear and cosine end at 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Range(0.0)] = 1.0
     """Gradients with a larger global norm are scaled down to it; 0 switches clipping off."""
-    epochs: float = 1.0
+    epochs: Annotated[float, Range(0.0, above=True)] = 1.0
     """Passes over the training split, unless max_steps is set."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Range(1)] = None
     """Optimizer steps in all; overrides epochs."""
-    micro_batch_size: int = 8
+    micro_batch_size: Annotated[int, Range(1)] = 8
     """Examples per rank and forward pass."""
     micro_batch_tokens: int | None = None
-    """Tokens, with padding, per rank and forward pass, instead of micro_batch_size: short texts make larger
-    micro-batches than long ones, and each is about the same work. A step's loss stays the mean over its examples."""
-    gradient_accumulation_steps: int = 1
+    """Tokens, with padding, per rank and forward pass (at least data.max_length), instead of micro_batch_size: short
+    texts make larger micro-batches than long ones, and each is about the same work. A step's loss stays the mean over
+    its examples."""
+    gradient_accumulation_steps: Annotated[int, Range(1)] = 1
     """Micro-batches per rank and optimizer step. With global_batch_size, 1 is filled in."""
-    global_batch_size: int | None = None
+    global_batch_size: Annotated[int | None, Range(1)] = None
     """Examples per optimizer step, whatever the number of ranks; accumulation follows from it, so that a run continues
     with fewer or more ranks. null: micro_batch_size x gradient_accumulation_steps x ranks."""
     loss: Literal["cross_entropy", "class_balanced", "focal"] = "cross_entropy"
     """What is minimised. class_balanced: rare classes weigh more; focal: examples that are hard weigh more."""
-    class_balance_beta: float = 0.999
+    class_weights: list[float] | dict[str, float] | None = None
+    """Weight of each class in the training loss: a list in the order of the labels, or a map from label to weight, in
+    which a label may be left out (1). The loss stays a mean over the examples."""
+    class_balance_beta: Annotated[float, Range(0.0, 1.0, below=True)] = 0.999
     """beta of class_balanced: 0 weighs all classes alike, values near 1 by inverse frequency."""
-    focal_gamma: float = 2.0
+    focal_gamma: Annotated[float, Range(0.0)] = 2.0
     """gamma of focal: 0 is cross-entropy."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Share of the target that is spread over all classes."""
 
 
@@ -208,29 +260,29 @@ class RunConfig:
     """Where results go and how often."""
 
     output_dir: str = "runs/default"
-    """Folder that the run writes; outside it, only token ids and counts for the memory plan are kept (IRTUNE_CACHE)."""
-    seed: int = 0
+    """Folder that the run writes; it writes nothing outside it."""
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Seed of everything random: initialisation, order, dropout, random selection."""
-    log_every: int = 10
+    log_every: Annotated[int, Range(1)] = 10
     """Optimizer steps between log lines."""
-    eval_every: int = 0
+    eval_every: Annotated[int, Range(0)] = 0
     """Optimizer steps between evaluations on the dev split; 0: once per epoch."""
-    save_every: int = 0
+    save_every: Annotated[int, Range(0)] = 0
     """Optimizer steps between checkpoints; 0: after each evaluation."""
-    patience: int = 0
+    patience: Annotated[int, Range(0)] = 0
     """Evaluations in a row without a better best_metric before training stops early; 0: it never does."""
-    keep_last: int = 2
+    keep_last: Annotated[int, Range(1)] = 2
     """Checkpoints that are kept besides the best one."""
-    best_metric: Literal["macro_f1", "accuracy", "auprc", "loss"] = "macro_f1"
+    best_metric: Literal["macro_f1", "macro_f1_present", "accuracy", "auprc", "loss"] = "macro_f1"
     """Dev metric by which the best checkpoint is chosen (loss: lower is better)."""
     resume: str = "auto"
-    """auto: go on from the last checkpoint in output_dir if there is one; never: refuse a folder that has one; or a
+    """auto: continue from the last checkpoint in output_dir if there is one; never: refuse a folder that has one; or a
     checkpoint folder."""
     deterministic: bool = False
     """Only deterministic kernels (slower on a GPU)."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Annotated[int, Range(1)] = 10
     """Steps in a row without an update, since loss or gradients were not finite, before training stops."""
-    timeout_seconds: int = 1800
+    timeout_seconds: Annotated[int, Range(1)] = 1800
     """Longest wait for another rank before the run stops with an error."""
     traceback: bool = False
     """Show the traceback of user errors as well."""
@@ -253,3 +305,44 @@ class Config:
 # Options of the section model by which code that comes with a model runs. Whoever loads a run's folder has to ask for
 # them again: the folder may be another's.
 RISKS = ("trust_remote_code", "allow_pickle")
+
+SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "tuning": TuningConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+
+
+def known_keys() -> list[str]:
+    """All dotted keys, for example `optim.lr`."""
+    keys = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.__dataclass_fields__]
+    return [*keys, "deepspeed"]
+
+
+@functools.cache
+def _types(section: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Types of a section's fields, without and with their limits."""
+    owner = SECTIONS[section] if section else Config
+    return get_type_hints(owner), get_type_hints(owner, include_extras=True)
+
+
+def declared_type(key: str) -> Any:
+    """The type of a key, without its limit."""
+    section, _, name = key.rpartition(".")
+    return _types(section)[0][name]
+
+
+def declared_limit(key: str) -> Limit | None:
+    """What a key accepts beyond its type, if there is such a limit."""
+    section, _, name = key.rpartition(".")
+    found = get_args(_types(section)[1][name])
+    return next((item for item in found if isinstance(item, Limit)), None)
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from irtune.errors import one_line
+
 MAX_BYTES = 2**18  # recipes have some 2,000; PyYAML reads about 100,000 a second
 MAX_VALUES = 20_000  # with every alias written out; a long text counts as one for each 256 characters
 
@@ -27,7 +29,7 @@ def read_recipe(file: str, problems: list[str]) -> Any:
         try:
             return parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
-            problems.append(f"{file!r} is not valid YAML: {' '.join(str(error).split())[:300]}")
+            problems.append(f"{file!r} is not valid YAML: {one_line(error)}")
         except RecursionError:
             problems.append(f"{file!r} is not valid YAML: its lists are nested too deeply")
     return {}
@@ -37,8 +39,8 @@ def parse_yaml(text: str) -> Any:
     """Plain values of one YAML document; None for an empty one.
 
     Raises:
-        yaml.YAMLError: for what is no YAML, or has tags that would build objects.
-        ValueError: for a key that stands twice, an alias that leads back to itself or grows beyond `MAX_VALUES`, and
+        yaml.YAMLError: for a text that is not YAML, or has tags that would build objects.
+        ValueError: for a key that appears twice, an alias that leads back to itself or grows beyond `MAX_VALUES`, and
             dates and numbers that cannot be one.
         RecursionError: for lists nested hundreds of times.
     """
@@ -79,5 +81,5 @@ def _check_keys(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
             if key.value in seen:
-                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice")
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value!r} appears twice")
             seen.add(key.value)

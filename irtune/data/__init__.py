@@ -1,25 +1,32 @@
 """Corpora, prompts and batches."""
 
-from irtune.data.batches import BatchPlan, collate, evaluation_batches, plan_batches
+from irtune.data.batches import (
+    BatchSampler,
+    build_sampler,
+    collate,
+    evaluation_batches,
+    padded_lengths,
+    total_steps,
+)
 from irtune.data.corpus import Corpus, Example, corpus_digest, read_corpus, read_split
-from irtune.data.prompts import Encoder
+from irtune.data.prompts import Encoded, Encoder
 from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
-from irtune.data.token_cache import TokenCache, encoder_digest
 
 __all__ = [
-    "BatchPlan",
+    "BatchSampler",
     "Corpus",
+    "Encoded",
     "Encoder",
     "Example",
     "NumberedRows",
-    "TokenCache",
+    "build_sampler",
     "collate",
     "corpus_digest",
-    "encoder_digest",
     "evaluation_batches",
+    "padded_lengths",
     "parse_json_lines",
-    "plan_batches",
     "read_corpus",
     "read_split",
     "read_table",
+    "total_steps",
 ]

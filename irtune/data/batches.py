@@ -1,6 +1,6 @@
 """Which examples make up which micro-batch, and the tensors of a micro-batch.
 
-The plan depends on the seed, the lengths, M and the size of a micro-batch only: not on how the M micro-batches of a
+The order depends on the seed, the lengths, M and the size of a micro-batch only: not on how the M micro-batches of a
 step are spread over ranks and accumulation steps. So 4 ranks x 1, 2 x 2 and 1 x 4 train on the same micro-batches in
 the same order.
 """
@@ -8,14 +8,17 @@ the same order.
 import bisect
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from irtune.config.schema import Config
+from irtune.config.schema import Config, OptimConfig
 from irtune.errors import ConfigError
 
+CPU_MULTIPLE = 32
 
-class BatchPlan:
+
+class BatchSampler:
     """Order of the training examples, one epoch after the other."""
 
     def __init__(
@@ -27,7 +30,7 @@ class BatchPlan:
         bucket: int = 50,
         tokens: int | None = None,
     ):
-        """Plan steps of `micro_batches` micro-batches (M = ranks x accumulation).
+        """Draw steps of `micro_batches` micro-batches (M = ranks x accumulation).
 
         Args:
             lengths: of the training examples, in tokens.
@@ -141,15 +144,15 @@ class BatchPlan:
         return batches
 
 
-def plan_batches(lengths: Sequence[int], config: Config, micro_batches: int) -> BatchPlan:
-    """The plan of a run with `micro_batches` micro-batches per step, over training examples of `lengths` tokens.
+def build_sampler(encoded: Sequence[dict[str, list[int]]], config: Config, micro_batches: int) -> BatchSampler:
+    """The sampler of a run with `micro_batches` micro-batches per step, over the `encoded` training examples.
 
     Raises:
-        ConfigError: as `BatchPlan`.
+        ConfigError: as `BatchSampler`.
     """
     optim = config.optim
-    return BatchPlan(
-        lengths,
+    return BatchSampler(
+        [len(item["input_ids"]) for item in encoded],
         optim.micro_batch_size,
         micro_batches,
         config.run.seed,
@@ -158,10 +161,15 @@ def plan_batches(lengths: Sequence[int], config: Config, micro_batches: int) -> 
     )
 
 
+def total_steps(optim: OptimConfig, sampler: BatchSampler) -> int:
+    """Optimizer steps of a run: `optim.max_steps`, or as many as make `optim.epochs`."""
+    return optim.max_steps or max(1, round(optim.epochs * sampler.steps_per_epoch))
+
+
 def evaluation_batches(
     lengths: Sequence[int], batch_size: int, rank: int, world_size: int, tokens: int | None = None
 ) -> list[list[int]]:
-    """Batches of positions for one rank: every position stands in exactly one batch of one rank.
+    """Batches of positions for one rank: every position is in exactly one batch of one rank.
 
     Of `batch_size` examples each, or of as many as fit into `tokens` with padding, one at least.
     Longest first, so that an out-of-memory error comes at once. All ranks get equally many batches, because ZeRO 3
@@ -178,19 +186,47 @@ def evaluation_batches(
     return mine + [[]] * (rounds - len(mine))
 
 
+@dataclass(frozen=True)
+class PaddedLengths:
+    """Lengths that batches are padded to: multiples of `multiple`, and `limit`, the longest input in tokens.
+
+    For CPUs in bf16: oneDNN compiles its products anew for every new shape, so that with a new length in every batch a
+    step takes several times as long and memory grows.
+    """
+
+    multiple: int
+    limit: int
+
+    def at_least(self, length: int) -> int:
+        """The smallest of these lengths that is not below `length`."""
+        return max(length, min(-(-length // self.multiple) * self.multiple, self.limit))
+
+
+def padded_lengths(config: Config, device: torch.device) -> PaddedLengths | None:
+    """Lengths that batches of a run on `device` are padded to; None: to their longest example.
+
+    Batches by tokens have another number of examples each time anyway, and their size is a limit.
+    """
+    few = device.type == "cpu" and config.model.dtype == "bfloat16" and config.optim.micro_batch_tokens is None
+    return PaddedLengths(CPU_MULTIPLE, config.data.max_length) if few else None
+
+
 def collate(
     encoded: Sequence[dict[str, list[int]]],
     pad_token_id: int,
     labels: Sequence[int] | None = None,
     device: torch.device | None = None,
+    lengths: PaddedLengths | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Pad to the longest example of the batch, on the right.
+    """Pad to the longest example of the batch, or to the next of `lengths`, on the right.
 
     Returns:
-        input_ids and attention_mask, int64 [batch, length]; token_type_ids where the examples have them; labels,
-        int64 [batch], when given. attention_mask.padded says whether it holds a 0.
+        input_ids and attention_mask, int64 [batch, length]; token_type_ids and edit_mask where the examples have them;
+        labels, int64 [batch], when given. attention_mask.padded says whether it holds a 0.
     """
     length = max(len(item["input_ids"]) for item in encoded)
+    if lengths is not None:
+        length = lengths.at_least(length)
 
     def padded(name: str, value: int) -> torch.Tensor:
         return torch.tensor([item[name] + [value] * (length - len(item[name])) for item in encoded])
@@ -201,8 +237,9 @@ def collate(
             [[1] * len(item["input_ids"]) + [0] * (length - len(item["input_ids"])) for item in encoded]
         ),
     }
-    if "token_type_ids" in encoded[0]:
-        batch["token_type_ids"] = padded("token_type_ids", 0)
+    for name in ("token_type_ids", "edit_mask"):
+        if name in encoded[0]:
+            batch[name] = padded(name, 0)
     if labels is not None:
         batch["labels"] = torch.tensor(labels)
     if device is not None and device.type == "cuda":  # only from pinned memory does a copy not wait

@@ -2,33 +2,37 @@
 
 import hashlib
 import json
-import warnings
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from irtune.config.schema import DataConfig
-from irtune.data.readers.cells import check_looks
+from irtune.data.held_out import draw_share, fold_of
+from irtune.data.readers.cells import by_number, canonical, check_looks
 from irtune.data.readers.hub import hub_rows, hub_splits
+from irtune.data.readers.layouts import SPLITS, find_files
 from irtune.data.readers.records import Record, RecordReader
 from irtune.data.readers.tables import SUFFIXES, table_rows
 from irtune.errors import DataError
 from irtune.redaction import redact
 
-SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
+log = logging.getLogger("irtune")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One revision: a text before, a text after (None for single texts), the number of its label, its document."""
+    """One revision: a text before, a text after (None for single texts), the number of its label, its document.
+
+    weight: how much it counts in the training loss.
+    """
 
     id: str
     before: str
     after: str | None
     label: int
     group: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def read_corpus(data: DataConfig) -> Corpus:
     """Read all splits of the corpus that `data` describes.
 
     Raises:
-        DataError: for missing files, columns, splits or rows, labels that are unknown or stand only outside the
+        DataError: for missing files, columns, splits or rows, labels that are unknown or appear only outside the
             training split, and cells that are not text. Names the file, row, column and value.
     """
     tables = _find_splits(data)
@@ -55,7 +59,27 @@ def read_corpus(data: DataConfig) -> Corpus:
     labels = _label_names(tables, data)
     index = {label: position for position, label in enumerate(labels)}
     splits = {split: _examples(records, split, where, data, index) for split, (where, records) in tables.items()}
+    _check_weights(splits["train"], tables["train"][0], data)
+    for split, examples in splits.items():
+        if split != "train":
+            warn_of_missing_labels(examples, split, labels)
     return Corpus(splits, labels)
+
+
+def warn_of_missing_labels(examples: Sequence[Example], split: str, labels: Sequence[str]) -> None:
+    """Say which labels a split has no example of: macro averages over all labels count them as 0."""
+    there = {example.label for example in examples}
+    missing = [repr(label) for number, label in enumerate(labels) if number not in there]
+    if missing:
+        log.warning(
+            "the %s split has no example of %s: macro_f1 counts %s as 0, macro_f1_present leaves %s out",
+            split, ", ".join(missing), *(["it"] * 2 if len(missing) == 1 else ["them"] * 2),
+        )  # fmt: skip
+
+
+def _check_weights(examples: Sequence[Example], where: str, data: DataConfig) -> None:
+    if not any(example.weight for example in examples):
+        raise DataError(f"{where}: every weight in column {data.weight!r} (data.weight) is 0: nothing would be learnt")
 
 
 def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]:
@@ -65,23 +89,29 @@ def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]
         DataError: as `read_corpus`, and for labels that the run does not know.
     """
     path = Path(data.path or "").expanduser()
+    data = replace(data, weight=None)  # only training needs it
     if _names_file(path):
-        found = {split: _read_file(path, data)}
+        found = {split: _read_files([path], data)}
     elif path.is_dir():
-        found = {name: _read_file(file, data) for name, file in _files_of(path).items() if name == split}
+        files = find_files(path, data.config)
+        found = {name: _read_files(files[name], data) for name in files if name == split}
     else:
         found = _from_hub(str(data.path), data)
     if split not in found:
         raise DataError(f"{data.path}: no {split} split; expected a file such as {SPLITS[split][0]}.jsonl")
     where, records = found[split]
+    index = {canonical(label): number for number, label in enumerate(labels)}
+    index |= {label: number for number, label in enumerate(labels)}
     names = [record.label for record in records]
-    strange = sorted(set(names) - set(labels))
+    strange = sorted(set(names) - set(index))
     if strange:
         raise DataError(
-            f"{where}: label {strange[0]!r} stands {names.count(strange[0])} times, but the run knows only "
+            f"{where}: label {strange[0]!r} occurs {names.count(strange[0])} time(s), but the run knows only "
             f"{', '.join(labels)}; drop it with data.drop_labels or map it with data.labels"
         )
-    return _examples(records, split, where, data, {label: number for number, label in enumerate(labels)})
+    examples = _examples(records, split, where, data, index)
+    warn_of_missing_labels(examples, split, labels)
+    return examples
 
 
 def _examples(records: list[Record], split: str, where: str, data: DataConfig, index: dict[str, int]) -> list[Example]:
@@ -90,26 +120,34 @@ def _examples(records: list[Record], split: str, where: str, data: DataConfig, i
     for record in records:
         name = f"{split}:{record.number}" if record.id is None else record.id
         if name in seen:
-            raise DataError(f"{where}: id {name!r} in column {data.id!r} stands twice; set data.id to another column")
+            raise DataError(f"{where}: id {name!r} in column {data.id!r} appears twice; set data.id to another column")
         seen.add(name)
-        examples.append(Example(name, record.before, record.after, index[record.label], record.group))
+        number = index[record.label]
+        examples.append(Example(name, record.before, record.after, number, record.group, record.weight))
     return examples
 
 
 def _held_out(tables: Tables, data: DataConfig) -> Tables:
-    """Train and dev split by `data.fold` or `data.dev_fraction`: no document stands in both."""
+    """Train and dev split by `data.fold` or `data.dev_fraction`: no document is in both."""
     joined = [(split, record) for split in ("train", "dev") for record in tables.get(split, ("", []))[1]]
     where = tables["train"][0]
-    if data.fold is not None:
-        held_out, folds = (int(part) for part in data.fold.split("/"))
-    else:
-        held_out, folds = 1, max(2, round(1 / (data.dev_fraction or 0.1)))
     groups = [f"{split}:{record.number}" if record.group is None else record.group for split, record in joined]
+    if data.fold is None:
+        share = data.dev_fraction or 0.1
+        out, remark = draw_share([record.label for _, record in joined], groups, share, data.split_seed)
+        if remark is not None:
+            log.warning("%s: %s", where, remark)
+        if not any(out):
+            what = "no whole document can leave" if data.group else "each label has only one example in"
+            raise DataError(f"{where}: data.dev_fraction {share:g} makes no dev split: {what} the training split")
+        rows = [(record, held) for (_, record), held in zip(joined, out)]
+        return {"train": (where, [r for r, held in rows if not held]), "dev": (where, [r for r, held in rows if held])}
+    held_out, folds = (int(part) for part in data.fold.split("/"))
     if folds > len(set(groups)):
         what = "documents" if data.group else "examples"
         raise DataError(f"{where}: {folds} folds need at least as many {what}, not {len(set(groups))}")
     place = fold_of([record.raw for _, record in joined], groups, folds, data.split_seed)
-    # Numbers go on after those of the training file, so that ids made of them stay different.
+    # Numbers continue after those of the training file, so that ids made of them stay different.
     last = max(record.number for _, record in joined)
     records = [record if split == "train" else replace(record, number=last + record.number) for split, record in joined]
     dev = [record for record, fold in zip(records, place) if fold == held_out - 1]
@@ -124,15 +162,15 @@ def _find_splits(data: DataConfig) -> Tables:
     for split in SPLITS:
         named = getattr(data, split)
         if named is not None:
-            found[split] = _read_file(Path(named).expanduser(), data)
+            found[split] = _read_files([Path(named).expanduser()], _for_split(data, split))
     if data.path is not None:
         path = Path(data.path).expanduser()
         if _names_file(path):
-            found = {"train": _read_file(path, data)} | found
+            found = {"train": _read_files([path], data)} | found
         elif path.is_dir():
-            for split, file in _files_of(path).items():
+            for split, files in find_files(path, data.config).items():
                 if split not in found:
-                    found[split] = _read_file(file, data)
+                    found[split] = _read_files(files, _for_split(data, split))
         elif data.path.count("/") <= 1 and not data.path.startswith((".", "/", "~")):
             found = _from_hub(data.path, data) | found
         else:
@@ -148,47 +186,41 @@ def _find_splits(data: DataConfig) -> Tables:
 
 
 def _names_file(path: Path) -> bool:
-    """Whether a corpus is one file: also one that is missing, which is then said."""
+    """Whether a corpus is one file: even one that is missing, which is reported later."""
     try:
         return path.is_file() or (path.suffix.lower() in SUFFIXES and not path.is_dir())
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise DataError(f"{redact(str(path))[:200]!r} cannot be looked up: {error.strerror}") from error
 
 
-def _read_file(path: Path, data: DataConfig) -> tuple[str, list[Record]]:
-    reader = RecordReader(str(path), data)
-    return reader.where, reader.records(table_rows(path, reader.columns))
+def _for_split(data: DataConfig, split: str) -> DataConfig:
+    """`data` without the column of weights where no row of the split can come into training."""
+    return data if split == "train" or (split == "dev" and data.fold is not None) else replace(data, weight=None)
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
-    """The file of each split. A link must not lead out of the folder: whoever made it would choose what is read."""
-    files = {}
-    for split, stems in SPLITS.items():
-        named = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-        matches = [path for path in named if path.is_file()]
-        if len(matches) > 1:
-            raise DataError(f"{folder}: more than one {split} file: {', '.join(match.name for match in matches)}")
-        wrong = [path for path in named if path.exists() and not path.is_file()]
-        if wrong and not matches:
-            raise DataError(f"{wrong[0]} is a folder, where a file is expected")
-        for match in matches:
-            if not match.resolve().is_relative_to(folder.resolve()):
-                raise DataError(
-                    f"{match} is a link that leads out of its folder, to {match.resolve()}; if that file is meant, "
-                    f"name it with data.{split}"
-                )
-            files[split] = match
-    return files
+def _read_files(paths: list[Path], data: DataConfig) -> tuple[str, list[Record]]:
+    """The place and the records of a split. Of several files, the rows are numbered through."""
+    if len(paths) == 1:
+        reader = RecordReader(str(paths[0]), data)
+        return reader.where, reader.records(table_rows(paths[0], reader.columns))
+    where, records, last = str(paths[0].parent), list[Record](), 0
+    for path in paths:
+        reader = RecordReader(str(path), data)
+        number = 0
+        for number, row in table_rows(path, reader.columns, part=True):
+            records += [replace(record, number=last + number) for record in reader.read([(number, row)])]
+        last += number
+    return where, RecordReader(where, data).checked(records)
 
 
 def _from_hub(name: str, data: DataConfig) -> Tables:
-    loaded = hub_splits(name)
+    loaded = hub_splits(name, data.config)
     found: Tables = {}
     for split, stems in SPLITS.items():
         stem = next((stem for stem in stems if stem in loaded), None)
         if stem is not None:
-            reader = RecordReader(f"{name} ({stem})", data)
-            rows = hub_rows(loaded[stem], data.label, reader.where, reader.columns)
+            reader = RecordReader(f"{name} ({stem})", _for_split(data, split))
+            rows = hub_rows(loaded[stem], reader.where, reader.columns)
             found[split] = (reader.where, reader.records(rows))
     return found
 
@@ -206,12 +238,12 @@ def _label_names(tables: Tables, data: DataConfig) -> list[str]:
         strange = sorted(set(names) - train)
         if strange:
             raise DataError(
-                f"{places[split]}: label {strange[0]!r} stands {names.count(strange[0])} times in {split} but never in "
-                "the training split, so it cannot be learnt; add it to data.drop_labels or to the training split"
+                f"{places[split]}: label {strange[0]!r} occurs {names.count(strange[0])} time(s) in {split} but never "
+                "in the training split, so it cannot be learnt; add it to data.drop_labels or to the training split"
             )
     if isinstance(data.labels, dict):
         return list(dict.fromkeys(data.labels.values()))
-    return list(data.labels) if data.labels is not None else sorted(train)
+    return list(data.labels) if data.labels is not None else by_number(train)
 
 
 def corpus_digest(corpus: Corpus) -> str:
@@ -221,27 +253,6 @@ def corpus_digest(corpus: Corpus) -> str:
         found.update(f"\0{split} {len(examples)}\0".encode())
         for one in examples:
             found.update(repr((one.id, one.before, one.after, one.label, one.group)).encode("utf-8", "surrogatepass"))
+            if one.weight != 1:
+                found.update(f"\0weight {one.weight!r}\0".encode())
     return found.hexdigest()
-
-
-def fold_of(labels: Sequence[str], groups: Sequence[str], folds: int, seed: int) -> list[int]:
-    """The fold, 0 to `folds` - 1, of each example.
-
-    Examples of one group (a document) are in one fold. A label whose examples are all in one fold stays out of every
-    fold (-1: always in training): it could not be learnt when that fold is held out.
-    """
-    # Imported here: it takes more than a second, and most runs have a dev split.
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a label rarer than folds cannot be in each of them: expected here
-        splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed % 2**32)
-        result = np.zeros(len(labels), dtype=int)
-        for number, (_, held_out) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
-            result[held_out] = number
-    for label in set(labels):
-        places = [i for i, name in enumerate(labels) if name == label]
-        if len({int(result[i]) for i in places}) == 1:
-            kept = {groups[i] for i in places}
-            result[[i for i, group in enumerate(groups) if group in kept]] = -1
-    return [int(number) for number in result]

@@ -1,11 +1,17 @@
 """From a pair of texts to token ids: a template around them that is never cut."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from irtune.config.schema import DataConfig
-from irtune.data.corpus import Example
+from irtune.config.template import template_pieces
+from irtune.data import diff
+from irtune.data.corpus import Corpus, Example
+from irtune.data.pair_format import pair_format
 from irtune.errors import ConfigError, DataError
 
 # Pieces of each template around {before} and {after}. The instruction also gets the list of labels.
@@ -15,40 +21,67 @@ INSTRUCTION = (
     "\nAfter: ",
     "\nIntention:",
 )
+Encoded = dict[str, list[dict[str, list[int]]]]  # by split: what `Encoder.encode` makes of each example
 PAIR_SEPARATOR = "\n"  # for tokenizers without a separator of their own
 
 
 class Encoder:
     """Turns examples into token ids no longer than `data.max_length`.
 
-    The tokenizer's own special tokens stand where it puts them around one text (or between two, for `plain` with
-    tokenizers that have a separator). Text that looks like a special token is split like any other text.
+    The tokenizer's own special tokens are where it puts them around one text (or around and between two, for `plain`
+    with tokenizers that have a separator). Text that looks like a special token is split like any other text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: Sequence[str]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: Sequence[str], *, edits: bool = False
+    ):
         """Prepare the template.
 
+        Args:
+            tokenizer: the model's.
+            data: the prompt and the length.
+            labels: names of the classes, for `instruction`.
+            edits: encoded examples also say which tokens belong to edits, which only the prompt `diff` marks.
+
         Raises:
-            ConfigError: when the template alone is longer than `data.max_length`.
+            ConfigError: when the template alone is longer than `data.max_length`, or the tokenizer cannot tell which
+                characters a token stands for, and `edits` asks.
         """
+        self.marks_edits, self.context_words = edits, data.context_words
+        self.is_diff = data.prompt == "diff" and data.template is None
+        if edits and not tokenizer.is_fast:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} does not tell which characters a token stands for, so the tokens of edits "
+                "are not known; accepted: model.pooling class, last, cls or mean"
+            )
         self.tokenizer = tokenizer
         self.max_length = data.max_length
         self.has_pair = data.after is not None
         self.token_types = "token_type_ids" in tokenizer.model_input_names
-        self.head, self.middle, self.tail = self._template(data.prompt, labels)
+        self.tail_types: list[int] | None = None  # where they are not those of the text before them
+        self.head, self.middle, self.tail = self._template(data, labels)
         self.budget = data.max_length - len(self.head) - len(self.middle) - len(self.tail)
         if self.budget < 2:
             raise ConfigError(
-                f"data.max_length is {data.max_length}, but the {data.prompt} template alone takes "
+                f"data.max_length is {data.max_length}, but the {'own' if data.template else data.prompt} template "
+                "alone takes "
                 f"{data.max_length - self.budget} tokens; accepted: at least {data.max_length - self.budget + 2}"
             )
 
-    def _template(self, prompt: str, labels: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
+    def _template(self, data: DataConfig, labels: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
         """Token ids before, between and after the texts."""
+        prompt = data.prompt
         start, end = self._specials()
-        if not self.has_pair:
+        if data.template is not None:
+            own = [self._ids(piece) for piece in template_pieces(data.template, labels)]
+            return start + own[0], own[1] if self.has_pair else [], own[-1] + end
+        if not self.has_pair or self.is_diff:
             return start, [], end
         if prompt == "plain":
+            pair = pair_format(self.tokenizer, self._ids)
+            if pair is not None:
+                self.tail_types = pair.tail_types
+                return pair.head, pair.middle, pair.tail
             separator = self.tokenizer.sep_token_id
             return start, [separator] if separator is not None else self._ids(PAIR_SEPARATOR), end
         pieces = TAGGED if prompt == "tagged" else INSTRUCTION
@@ -65,19 +98,24 @@ class Encoder:
         return [], []
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return found["input_ids"]
 
     def length(self, example: Example) -> int:
         """Tokens of one example before anything is shortened."""
         fixed = len(self.head) + len(self.middle) + len(self.tail)
+        if self.is_diff:
+            return fixed + len(self._ids(diff.render(self._pieces(example)).text))
         return fixed + len(self._ids(example.before)) + len(self._ids(example.after or ""))
 
     def encode(self, example: Example) -> dict[str, list[int]]:
-        """Token ids of one example (and token types 0/1 where the tokenizer has them).
+        """Token ids of one example; token types 0/1 where the tokenizer has them; edit_mask 0/1 where it was asked for.
 
         Raises:
-            DataError: when not a single token is left of it.
+            DataError: when not a single token is left of it, or a diff has no text after.
         """
+        if self.is_diff:
+            return self._encode_diff(example)
         before = self._ids(example.before)
         after = self._ids(example.after) if example.after is not None else []
         before, after = shorten(before, after, self.budget)
@@ -87,8 +125,86 @@ class Encoder:
         encoded = {"input_ids": first + second}
         if self.token_types:
             paired = len(second) if self.has_pair else 0
-            encoded["token_type_ids"] = [0] * (len(first) + len(second) - paired) + [1] * paired
+            types = [0] * (len(first) + len(second) - paired) + [1] * paired
+            if self.tail_types is not None:
+                types[len(types) - len(self.tail_types) :] = self.tail_types
+            encoded["token_type_ids"] = types
         return encoded
+
+    def encode_corpus(self, corpus: Corpus) -> Encoded:
+        """Token ids of every split. A second for 3,000 pairs (benchmarks/README.md): every rank does it for itself.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        return {split: [self.encode(example) for example in examples] for split, examples in corpus.splits.items()}
+
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer and of what is put around its tokens: equal ones make equal token ids."""
+        tokenizer = self.tokenizer
+        found = hashlib.sha256(type(tokenizer).__name__.encode())
+        around = [self.head, self.middle, self.tail, self.budget, self.token_types, self.has_pair]
+        around += [self.tail_types] if self.tail_types is not None else []
+        if self.is_diff:
+            around += [*diff.DEFAULT.all(), self.context_words, self.marks_edits]
+        found.update(json.dumps(around).encode())
+        if tokenizer.is_fast:
+            found.update(tokenizer.backend_tokenizer.to_str().encode())
+            return found.hexdigest()
+        found.update(json.dumps([sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs)]).encode())
+        for name in tokenizer.vocab_files_names:
+            file = getattr(tokenizer, name, None)
+            if isinstance(file, str) and Path(file).is_file():
+                found.update(Path(file).read_bytes())
+        return found.hexdigest()
+
+    def _pieces(self, example: Example) -> list[diff.Piece]:
+        if example.after is None:
+            raise DataError(f"example {example.id!r} has no text after the revision, which data.prompt diff needs")
+        pieces = diff.diff(example.before, example.after)
+        return pieces if self.context_words is None else diff.near_edits(pieces, self.context_words)
+
+    def _encode_diff(self, example: Example) -> dict[str, list[int]]:
+        pieces = self._pieces(example)
+        marked = diff.render(pieces)
+        if not self._fits(pieces):
+            marked = diff.render(self._shortened(pieces))
+        found = self.tokenizer(
+            marked.text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=self.marks_edits,
+            verbose=False,
+        )
+        ids = self.head + found["input_ids"][: self.budget] + self.tail
+        if not ids:
+            raise DataError(f"example {example.id!r} has no text: the model would see nothing at all")
+        encoded = {"input_ids": ids}
+        if self.token_types:
+            encoded["token_type_ids"] = [0] * len(ids)
+        if self.marks_edits:
+            inside = bytearray(len(marked.text))
+            for start, end in marked.edits:
+                inside[start:end] = b"\1" * (end - start)
+            mask = [int(1 in inside[start:end]) for start, end in found["offset_mapping"][: self.budget]]
+            encoded["edit_mask"] = [0] * len(self.head) + mask + [0] * len(self.tail)
+        return encoded
+
+    def _fits(self, pieces: Sequence[diff.Piece]) -> bool:
+        return len(self._ids(diff.render(pieces).text)) <= self.budget
+
+    def _shortened(self, pieces: list[diff.Piece]) -> list[diff.Piece]:
+        """Pieces whose text fits, but for very many edits: context goes first, then the ends of long edits."""
+        edits = [place for place, piece in enumerate(pieces) if piece.kind != "="]
+        if not edits:
+            return pieces  # its end is cut
+        pieces = pieces[: [*edits, len(pieces)][min(len(edits), self.budget)]]  # each edit takes a token at least
+        bare = diff.near_edits(pieces, 0)
+        if self._fits(bare):
+            words = diff.largest(lambda words: self._fits(diff.near_edits(pieces, words)), self.budget)
+            return diff.near_edits(pieces, words or 0)
+        words = diff.largest(lambda words: self._fits(diff.shorten_edits(bare, words)), self.budget)
+        return diff.shorten_edits(bare, words or 1)
 
 
 def shorten(before: list[int], after: list[int], budget: int) -> tuple[list[int], list[int]]:

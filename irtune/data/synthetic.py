@@ -2,7 +2,7 @@
 
 It says nothing about real revisions. Each pair comes from a sentence about a small world of towns, and one edit:
 
-    fluency          a grammar or spelling mistake is mended
+    fluency          a grammar or spelling mistake is corrected
     clarity          a roundabout phrase becomes a short one
     coherence        a connective that ties the sentence to the one before is added
     style            colloquial wording becomes formal
@@ -112,7 +112,7 @@ def synthetic_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def write_corpus(folder: Path, train: int = 1200, dev: int = 150, test: int = 150, seed: int = 0) -> None:
-    """Write train.jsonl, dev.jsonl and test.jsonl to `folder`; no pair stands in two of them."""
+    """Write train.jsonl, dev.jsonl and test.jsonl to `folder`; no pair is in two of them."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = synthetic_pairs(train + dev + test, seed)
     for name, part in (("train", rows[:train]), ("dev", rows[train : train + dev]), ("test", rows[train + dev :])):

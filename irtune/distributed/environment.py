@@ -1,8 +1,7 @@
-"""The environment, read in this one place: what the launcher says about ranks, and what tests are told."""
+"""The environment, read in this one place: the launcher's variables, and those for tests."""
 
 import os
 import socket
-from pathlib import Path
 
 
 def variable(name: str, default: str) -> str:
@@ -18,11 +17,6 @@ def set_default(name: str, value: str) -> None:
 def here() -> str:
     """Rank and host of this process, for messages."""
     return f"rank {variable('RANK', '0')} ({socket.gethostname()})"
-
-
-def cache_folder() -> Path:
-    """Folder of what is made once and used by many runs: IRTUNE_CACHE, or ~/.cache/irtune, as in the launch scripts."""
-    return Path(os.environ.get("IRTUNE_CACHE") or "~/.cache/irtune").expanduser()
 
 
 def leave() -> None:

@@ -1,24 +1,23 @@
-"""Ranks that watch each other: who died, who hangs, who was told to stop.
+"""Ranks that watch each other: who died, who hangs.
 
 A thread on every rank counts in the store that the ranks met in, and looks whether the next rank's count still moves:
 two small messages per rank and interval, however many ranks there are. So a dead rank is named even where a collective
 only hangs. `doing` is the name of what a rank is at, which a time-out reports.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import queue
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from irtune.distributed import environment, logs
+from irtune.distributed.signals import StopSignals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Patience:
         )
 
 
-class _Line:
+class StoreClient:
     """A connection to the store whose every request is given up after `seconds`, with a RuntimeError.
 
     torch's own time-outs do not hold for all requests: over a cable that was cut, they wait until the kernel gives the
@@ -66,7 +65,7 @@ class _Line:
         self._waiting: set[queue.SimpleQueue] = set()
         self._closed = False
         self._requests: queue.SimpleQueue[tuple[str, tuple, queue.SimpleQueue]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="irtune-line", daemon=True).start()
+        threading.Thread(target=self._serve, name="irtune-store", daemon=True).start()
 
     def _serve(self) -> None:
         while True:
@@ -87,7 +86,7 @@ class _Line:
         try:
             value, error = answer.get(timeout=self.seconds)
         except queue.Empty:
-            raise RuntimeError(f"no answer of the ranks' store in {self.seconds:.0f} s") from None
+            raise RuntimeError(f"no answer from the ranks' store in {self.seconds:.0f} s") from None
         finally:
             self._waiting.discard(answer)
         if error is not None:
@@ -119,7 +118,7 @@ class _Line:
 
 
 class Watch:
-    """One rank's view of the others. Alone, it only remembers signals."""
+    """One rank's view of the others, and what told it to stop (`signals`). Alone, it watches nobody."""
 
     def __init__(
         self,
@@ -142,18 +141,18 @@ class Watch:
         self.rank, self.size, self.patience = rank, size, Patience.within(timeout)
         self.doing = "start"
         self.nodes: Sequence[str] = ()  # of each rank, where there are several
-        self.signal: int | None = None
         self._leave = leave or _leave
         self._ended = threading.Event()
-        self._announced = False
-        self._lost = False  # the store, so that nobody can be told anything
+        self._lost = False  # the store, so that nobody can be reached
         self._store: dist.Store | None = None
+        self.signals = StopSignals(None)
         if store is None or size == 1:
             return
         self._store = dist.PrefixStore("irtune/watch", store)
+        self.signals = StopSignals(self._store)
         # A connection of its own: the other one may be waiting in a collective's set-up.
-        line = dist.PrefixStore("irtune/watch", store.clone())  # type: ignore[attr-defined]
-        self._pulse = _Line(line, self.patience.answer)
+        own = dist.PrefixStore("irtune/watch", store.clone())  # type: ignore[attr-defined]
+        self._pulse = StoreClient(own, self.patience.answer)
         self._thread = threading.Thread(target=self._keep_watch, name="irtune-watch", daemon=True)
         self._thread.start()
 
@@ -196,7 +195,7 @@ class Watch:
             self._leave(why)
 
     def report(self, what: str) -> None:
-        """Tell all ranks why the job fails; the first report stands."""
+        """Report to all ranks why the job fails; the first report is kept."""
         if self._store is not None and not self._lost:
             try:
                 self._pulse.compare_set("failure", "", what)
@@ -239,45 +238,6 @@ class Watch:
     def _beats(self) -> list[bytes]:
         keys = [f"beat/{rank}" for rank in range(self.size)]
         return [self._pulse.get(key) if self._pulse.check([key]) else b"" for key in keys]
-
-    # ----- signals -----
-
-    def remember(self, number: int, _frame: object = None) -> None:
-        """A signal handler: the run ends at the end of a step. The same signal again ends it at once."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    @contextlib.contextmanager
-    def heeding_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are remembered inside the block, instead of ending the process."""
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self.remember) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def stops_after(self, step: int, behind: int = 0) -> int | None:
-        """The signal on which all ranks end after optimizer step `step`, or None.
-
-        No rank can end step s + 1 before all have begun it, since its gradients are summed over ranks. So what a rank
-        announces between s and s + 1 is seen by all at the end of s + 1, and costs no collective.
-
-        Args:
-            step: the caller has begun it.
-            behind: steps that the caller's device may not have ended yet, `step` among them; the same on all ranks.
-                A stop is announced for so many steps later.
-        """
-        if self._store is None:
-            return self.signal
-        if not self._store.check(["stop"]):
-            if self.signal is not None and not self._announced:
-                self._announced = True
-                self._store.compare_set("stop", "", f"{step + 1 + behind} {self.signal}")
-            return None
-        at, number = self._store.get("stop").split()
-        return int(number) if step >= int(at) else None
 
     def stop(self) -> None:
         """End the thread; nothing is reported any more."""

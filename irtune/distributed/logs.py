@@ -1,4 +1,4 @@
-"""RUN/logs/rank_N.log: what each rank said, with time, and why it ended."""
+"""RUN/logs/rank_N.log: what each rank logged, with time, and why it ended."""
 
 import datetime
 import logging
@@ -61,7 +61,7 @@ class RankLog(logging.Handler):
 
 
 def open_log(folder: Path, rank: int, device: str, *, clean: Callable[[str], str] = str) -> None:
-    """Begin the log of this rank below `folder`. A disk that takes none does not stop a run: it is said once."""
+    """Begin the log of this rank below `folder`. A disk that takes none does not stop a run: it is reported once."""
     global _open
     close_log(None)
     try:

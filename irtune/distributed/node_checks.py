@@ -10,7 +10,7 @@ from typing import Any
 
 from irtune.config import Config
 from irtune.distributed import environment, node_facts, runtime
-from irtune.distributed.node_facts import Facts
+from irtune.distributed.node_facts import NodeFacts
 from irtune.distributed.runtime import World
 from irtune.distributed.versions import versions
 from irtune.errors import NodesError
@@ -30,13 +30,13 @@ def check(config: Config, settings: dict[str, Any], world: World) -> None:
     if world.size == 1:
         return
     options = node_facts.flat(config, settings)
-    mine = Facts(
+    mine = NodeFacts(
         node=node_facts.node_name(),
         versions=versions(),
         digest=node_facts.digest(options),
         expected=environment.variable("IRTUNE_NNODES", ""),
     )
-    facts: list[Facts] = runtime.all_gather_object(mine)
+    facts: list[NodeFacts] = runtime.all_gather_object(mine)
     problems = node_facts.unequal_versions(facts) + node_facts.wrong_count(facts)
     if len({one.digest for one in facts}) > 1:  # only then is it worth sending
         problems += node_facts.unequal_options(runtime.all_gather_object(replace(mine, options=options)))
@@ -58,7 +58,7 @@ def check_equal(what: dict[str, str]) -> None:
     Raises:
         NodesError: on all ranks alike, naming what differs and the nodes.
     """
-    mine = Facts(node=node_facts.node_name(), versions={}, digest=node_facts.digest(what), options=what)
+    mine = NodeFacts(node=node_facts.node_name(), versions={}, digest=node_facts.digest(what), options=what)
     facts = runtime.all_gather_object(mine)
     problems = []
     for name in what:
@@ -95,7 +95,7 @@ def _unseen(folder: Path, nodes: list[str], world: World) -> list[str]:
     if not blind:
         return []
     return [
-        f"run.output_dir {there!r} of {nodes[0]} is not seen from {node_facts.listed(blind)}; choose a folder on a "
+        f"run.output_dir {there!r} of {nodes[0]} is not visible from {node_facts.listed(blind)}; choose a folder on a "
         "disk that all nodes share, since every rank reads checkpoints"
     ]
 

@@ -20,14 +20,14 @@ LISTED = 8  # nodes or options that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class NodeFacts:
     """What must be equal on all nodes, as one rank, or one host before a start, sees it.
 
     node: its name in messages.
     versions: as `versions`.
     digest: of the configuration, see `digest`.
     clock: seconds since 1970; 0 where it was not asked for.
-    expected: number of nodes that the launch script was told, as `N` or `MIN:MAX`; empty without one.
+    expected: number of nodes that the launch script expects, as `N` or `MIN:MAX`; empty without one.
     options: the configuration, where digests differ, see `flat`.
     """
 
@@ -84,7 +84,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def unequal_versions(facts: Sequence[Facts]) -> list[str]:
+def unequal_versions(facts: Sequence[NodeFacts]) -> list[str]:
     """A sentence per package that is not the same everywhere."""
     names = list(dict.fromkeys(name for one in facts for name in one.versions))
     return [
@@ -94,7 +94,7 @@ def unequal_versions(facts: Sequence[Facts]) -> list[str]:
     ]
 
 
-def unequal_options(facts: Sequence[Facts]) -> list[str]:
+def unequal_options(facts: Sequence[NodeFacts]) -> list[str]:
     """A sentence per option that is not the same everywhere; `facts` must carry them."""
     names = list(dict.fromkeys(name for one in facts for name in one.options))
     found = [
@@ -106,7 +106,7 @@ def unequal_options(facts: Sequence[Facts]) -> list[str]:
     return found if more <= 0 else [*found[:LISTED], f"{more} other options differ between nodes as well"]
 
 
-def _by_value(facts: Sequence[Facts], values: Sequence[str]) -> str | None:
+def _by_value(facts: Sequence[NodeFacts], values: Sequence[str]) -> str | None:
     """`4 on node 0 (a), 5 on node 1 (b)`; None where all are equal."""
     nodes: dict[str, dict[str, None]] = defaultdict(dict)
     for one, value in zip(facts, values):
@@ -116,8 +116,8 @@ def _by_value(facts: Sequence[Facts], values: Sequence[str]) -> str | None:
     return ", ".join(f"{value[:100]} on {listed(list(names))}" for value, names in nodes.items())
 
 
-def wrong_count(facts: Sequence[Facts]) -> list[str]:
-    """A sentence if there are not as many nodes as a launch script was told, or if scripts were told differently."""
+def wrong_count(facts: Sequence[NodeFacts]) -> list[str]:
+    """A sentence if there are not as many nodes as the launch scripts expect, or if they expect different numbers."""
     said = _by_value(facts, [one.expected or "not given" for one in facts])
     if said is not None:
         return [f"the number of nodes is {said}; start every node with the same NNODES"]
@@ -128,13 +128,13 @@ def wrong_count(facts: Sequence[Facts]) -> list[str]:
     return [f"{facts[0].expected} nodes were asked for, but there are {len(nodes)}: {listed(nodes)}"]
 
 
-def clock_difference(facts: Sequence[Facts]) -> str | None:
+def clock_difference(facts: Sequence[NodeFacts]) -> str | None:
     """A sentence for a warning if clocks are further apart than `CLOCK_SECONDS`."""
     first, last = min(facts, key=lambda one: one.clock), max(facts, key=lambda one: one.clock)
     apart = last.clock - first.clock
     if apart <= CLOCK_SECONDS:
         return None
-    return f"the clock of {last.node} is {apart:.0f} s ahead of that of {first.node}; logs will not fit together"
+    return f"the clock of {last.node} is {apart:.0f} s ahead of that of {first.node}; logs will not line up"
 
 
 def listed(names: Sequence[str]) -> str:

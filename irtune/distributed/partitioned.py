@@ -52,11 +52,6 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `model` was loaded inside `sharded_loading`."""
-    return any(is_partitioned(parameter) for parameter in model.parameters())
-
-
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of a parameter, whether it is partitioned or not."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -42,7 +42,7 @@ def read_world() -> World:
     """Read the launcher's variables.
 
     Raises:
-        ConfigError: when there are more ranks on this node than GPUs, or a variable is no number.
+        ConfigError: when there are more ranks on this node than GPUs, or a variable is not a number.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     try:
@@ -54,7 +54,7 @@ def read_world() -> World:
         raise ConfigError(f"the launcher's variables must be whole numbers, not {values}") from None
     if not torch.cuda.is_available():
         return World(rank, local_rank, size, torch.device("cpu"))
-    if here > torch.cuda.device_count():  # told to every rank, so that none waits for one that cannot start
+    if here > torch.cuda.device_count():  # every rank raises it, so that none waits for one that cannot start
         raise ConfigError(
             f"{here} ranks on a node with {torch.cuda.device_count()} GPU(s); accepted: at most one rank for each GPU"
         )

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from irtune.adapters import LayerTable, suppressed, write_adapter
+from irtune.adapters import LORA, AdapterTraits, LayerTable, write_adapter
+from irtune.adapters.idle import IdleAdapters
 from irtune.config import AdapterConfig, OptimConfig
-from irtune.config.checks import OWN_WEIGHTS
+from irtune.config.declarations import adapter_kinds
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import join_deepspeed
 from irtune.engine.deepspeed_private import can_update_on_device, check_version, rebuilding
@@ -31,12 +32,14 @@ from irtune.engine.losses import Loss, cross_entropy
 from irtune.engine.recompute import Recompute
 from irtune.engine.shards import Layout
 from irtune.engine.update import DeviceAdamW, update_on_device
+from irtune.models.pooling import pooling_of
 
 log = logging.getLogger(__name__)
+WEIGHTS = "weights"  # of a batch: how much each example counts in the loss, fp32 [batch]
 
 
 class Engine:
-    """A model under DeepSpeed whose trained layers can be chosen anew at every accumulation boundary."""
+    """A model under DeepSpeed whose trained layers can be chosen again at every accumulation boundary."""
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Engine:
         optim: OptimConfig,
         settings: dict[str, Any],
         *,
+        traits: AdapterTraits = LORA,
         park: bool = True,
         loss: Loss = cross_entropy,
         recompute: bool = False,
@@ -56,21 +60,22 @@ class Engine:
             table: its trainable parameters by layer.
             optim: learning rate and Adam's constants.
             settings: the completed DeepSpeed JSON.
+            traits: of the adapters in it.
             park: keep the state of deselected layers in host memory (False: throw it away).
-            loss: logits [batch, classes] and labels [batch] to the mean over the batch.
+            loss: logits [batch, classes], labels [batch] and, where a batch has them, its examples' weights [batch] to
+                the mean over the batch.
             recompute: compute the activations of trained layers again in the backward pass instead of storing them.
         """
         check_version()
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.table, self.optim, self.loss = table, optim, loss
-        self.selected: list[int] = []
+        self.table, self.traits, self.optim, self.loss = table, traits, optim, loss
+        self.idle = IdleAdapters(table.modules)
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         # The reentrant kind would go back through what layers share, once for each of them (ltuning-prefix).
-        shared = self.stage == 3 and table.below and any(table.layers) and not table.pretrained
+        shared = self.stage == 3 and traits.below and any(table.layers) and not traits.pretrained
         if shared and recompute:
             log.warning("model.gradient_checkpointing is not used: under ZeRO 3 this adapter's layers share a network")
         self.recompute = Recompute(
-            [] if shared else table.modules, reentrant=self.stage == 3, always=recompute, frozen=table.frozen
+            [] if shared else table.modules, reentrant=self.stage == 3, always=recompute, traits=traits
         )
         # Of lower-precision parameters ZeRO keeps fp32 masters, which alone remember what rounding takes away.
         keeps_master = table.head[0][1].dtype != torch.float32
@@ -79,8 +84,7 @@ class Engine:
         self._max_norm = float(settings.get("gradient_clipping", 0.0))
         if self._steps_adamw:  # it would clip with host reads; `step` does without
             settings = settings | {"gradient_clipping": 0.0}
-        table.set_trainable([])
-        self.recompute.set_trained([], table.lowest([]))
+        self._set_trained([])
         join_deepspeed()
         gc.collect()
         gc.freeze()  # ZeRO 3 runs the collector at every rebuild: spare it the model's objects
@@ -131,14 +135,15 @@ class Engine:
         return self._loss(self.module, batch)
 
     def _loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return self.loss(model(**inputs).logits, batch["labels"])
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", WEIGHTS)}
+        weights = [batch[WEIGHTS]] if WEIGHTS in batch else []
+        return self.loss(model(**inputs).logits, batch["labels"], *weights)
 
     def probe(self, batch: dict[str, torch.Tensor], *, backward: bool) -> None:
         """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer."""
         if not backward:
             with torch.no_grad():
-                self.module(**batch)
+                self.module(**{name: tensor for name, tensor in batch.items() if name != WEIGHTS})
             return
         for _, parameter in self.table.head:
             parameter.requires_grad_(False)
@@ -148,11 +153,11 @@ class Engine:
             for _, parameter in self.table.head:
                 parameter.requires_grad_(True)
 
-    @torch.no_grad()
-    def trial(self, batch: dict[str, torch.Tensor], layers: list[int]) -> torch.Tensor:
-        """Mean loss of `batch` on this rank with the adapters of `layers` suppressed; nothing is kept. Collective."""
-        with suppressed(self.table, layers, gathered=lambda parameters: self._whole(parameters, write=True)):
-            return self.mean_loss(batch).detach().float()
+    @contextlib.contextmanager
+    def reaching_all_layers(self) -> Iterator[None]:
+        """Inside, adapters of all layers have gradients where they require them, in no more memory than in training."""
+        with self.recompute.scoring(), self.idle.awake():
+            yield
 
     def step(self, lr: float) -> None:
         """End a micro-batch; at an accumulation boundary, clip and update the selected layers.
@@ -162,7 +167,7 @@ class Engine:
         """
         adamw = self.state.adamw
         for group in adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * (self.optim.head_lr if group["layer"] == HEAD else 1.0)
         boundary = self.ds.is_gradient_accumulation_boundary()
         if boundary and self._steps_adamw:
             trained = [parameter for group in adamw.param_groups for parameter in group["params"]]
@@ -199,18 +204,22 @@ class Engine:
             for _, parameter in self.table.all():
                 parameter.grad = None
                 parameter._hp_mapping = None  # type: ignore[attr-defined]
-            self.table.set_trainable(selected)
-            self.recompute.set_trained(selected, self.table.lowest(selected))
-            self.selected = list(selected)
+            self._set_trained(selected)
             self.ds._configure_optimizer(adamw, None)
         self._take_over_update()
         if hasattr(self.ds.optimizer, "register_grad_acc_post_hook"):
             self.ds.optimizer.register_grad_acc_post_hook(self.ds._backward_post_hook)
-        for name in ("loss_scaler", "loss_scale_config"):  # fp16: the scale that was found goes on
+        for name in ("loss_scaler", "loss_scale_config"):  # fp16: the scale that was found is kept
             if hasattr(old, name):
                 setattr(self.ds.optimizer, name, getattr(old, name))
         self.state.put_in(saved)
         self._release(old, dropped)
+
+    def _set_trained(self, selected: list[int]) -> None:
+        self.table.set_trainable(selected)
+        self.idle.has_trained(selected)
+        self.recompute.set_trained(selected)
+        self.selected = list(selected)
 
     def _take_over_update(self) -> None:
         if can_update_on_device(self.ds.optimizer):
@@ -291,7 +300,7 @@ class Engine:
 
         Optimizer masters are not updated.
         """
-        self.table.idle.has_trained(self.table.idle.changed_by(tensors, self.table.layers))
+        self.idle.has_trained(self.idle.changed_by(tensors, self.table.layers))
         for named in self.table.groups():
             present = [(name, parameter) for name, parameter in named if name in tensors]
             with self._whole([parameter for _, parameter in present], write=True):
@@ -299,7 +308,9 @@ class Engine:
                     parameter.data.copy_(tensors[name])
 
     def save_adapter(self, folder: Path, adapter: AdapterConfig, labels: list[str], layers: list[int] | None) -> None:
-        """Write adapters and head to `folder`, in peft's format where peft has the type. Collective; rank 0 writes.
+        """Write adapters and head to `folder`. Collective; rank 0 writes.
+
+        In peft's format where peft has the type and the head is the model's own.
 
         Args:
             folder: where to.
@@ -307,11 +318,13 @@ class Engine:
             labels: names of the classes, recorded in irtune's own format.
             layers: layers to write in irtune's own format; None: all.
         """
-        if not isinstance(self.module, PeftModel) or adapter.type in OWN_WEIGHTS:
+        pooling = pooling_of(self.module)
+        if pooling is not None or not adapter_kinds()[adapter.type].peft_format:
             tensors = self.trainable(layers)
             if runtime.rank() == 0:
-                write_adapter(folder, tensors, adapter, labels)
+                write_adapter(folder, tensors, adapter, labels, pooling)
             return
+        assert isinstance(self.module, PeftModel), f"{adapter.type} is not a model of peft, as it declares"
         with self._whole([parameter for _, parameter in self.table.all()]):
             if runtime.rank() == 0:
                 # False: no embedding is trained, and peft would ask the hub whether one was.

@@ -1,6 +1,6 @@
 """Adam's state inside a DeepSpeed engine, by layer: what a change of layers keeps, parks and brings back.
 
-The engine's optimizer is another one after every change of layers; what is here finds it anew each time.
+The engine's optimizer is another one after every change of layers; the code here looks it up each time.
 """
 
 from collections.abc import Iterator

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from irtune.adapters import LORA, AdapterTraits
+
 # Largest share of a trained layer's activations that its input makes up, which is all that a recomputed layer stores.
 INPUT = 1 / 8
 
@@ -21,7 +23,7 @@ INPUT = 1 / 8
 class Recompute:
     """Says for every layer whether it is recomputed in the backward pass."""
 
-    def __init__(self, modules: Sequence[nn.Module], *, reentrant: bool, always: bool, frozen: float = 0.6):
+    def __init__(self, modules: Sequence[nn.Module], *, reentrant: bool, always: bool, traits: AdapterTraits = LORA):
         """Take charge of the layers of a model.
 
         Args:
@@ -29,9 +31,9 @@ class Recompute:
             reentrant: the kind of recomputation: ZeRO 3 needs the reentrant one, since the other kind meets parameters
                 that are in pieces again.
             always: recompute trained layers in every step, not only what scoring adds.
-            frozen: least share of a trained layer's activations that a frozen one above the lowest stores.
+            traits: whether gradients go below the lowest trained layer, and how much frozen layers above it store.
         """
-        self.always, self.reentrant, self.frozen = always, reentrant, frozen
+        self.always, self.reentrant, self.traits = always, reentrant, traits
         # Layers of models that bring their own code may not know how; then scoring needs the memory of all layers.
         self.possible = all(hasattr(module, "gradient_checkpointing") for module in modules)
         self.modules = list(modules) if self.possible else []
@@ -39,10 +41,11 @@ class Recompute:
             module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)  # type: ignore
             if reentrant:
                 module.register_forward_pre_hook(self._connect, with_kwargs=True)
-        self.set_trained((), len(self.modules))
+        self.set_trained(())
 
-    def set_trained(self, selected: Collection[int], lowest: int) -> None:
-        """From now on `selected` layers train, and gradients reach down to layer `lowest` (L: to none)."""
+    def set_trained(self, selected: Collection[int]) -> None:
+        """From now on `selected` layers train, and gradients reach down to the lowest of them, or to all layers."""
+        lowest = 0 if self.traits.below else min(selected, default=len(self.modules))
         self.selected, self.lowest = set(selected), min(lowest, len(self.modules))
         self._recompute(range(self.lowest, len(self.modules)) if self.always else ())
 
@@ -55,15 +58,14 @@ class Recompute:
         those of the layers above are gone.
         """
         layers, trained = len(self.modules), len(self.selected)
-        stored = trained + self.frozen * (
-            layers - self.lowest - trained
-        )  # in a training step, in trained layers' worth
+        # In a training step, in trained layers' worth.
+        stored = trained + self.traits.frozen * (layers - self.lowest - trained)
         lowest = math.ceil((layers - stored) / (1 - INPUT))
         self._recompute(range(layers if self.always else min(layers, lowest)))
         try:
             yield
         finally:
-            self.set_trained(self.selected, self.lowest)
+            self.set_trained(self.selected)
 
     def _recompute(self, layers: Collection[int]) -> None:
         for number, module in enumerate(self.modules):

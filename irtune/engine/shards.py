@@ -64,7 +64,7 @@ class Parking(Generic[Key]):
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
     def take(self, key: Key) -> list[StepState]:
-        """The states of a layer, which are no longer parked then; none where there are none."""
+        """The states of a layer, which are not parked any more; empty if there are none."""
         self._wait()
         return self._states.pop(key, [])
 

@@ -24,7 +24,7 @@ def paired_bootstrap(
 ) -> Difference:
     """Compare two methods on the same examples (Efron and Tibshirani 1993, ch. 16; Koehn, EMNLP 2004).
 
-    Every resample draws the examples anew, with replacement, the same ones for both methods and for all their training
+    Every resample draws examples with replacement, the same ones for both methods and for all their training
     seeds; a method's macro-F1 is the mean over its seeds. p is twice the smaller share of resamples whose difference
     is at most, or at least, 0.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from irtune.data import collate, evaluation_batches
+from irtune.data.batches import PaddedLengths
 from irtune.distributed import runtime
 from irtune.errors import DistributedError
 
@@ -34,10 +35,11 @@ def predict(
     pad_token_id: int,
     device: torch.device,
     tokens: int | None = None,
+    padded: PaddedLengths | None = None,
 ) -> Predictions:
     """Run `forward` (a batch to logits [batch, classes]) over all examples, spread over ranks. Collective.
 
-    In batches of `batch_size` examples, or of as many as fit into `tokens`.
+    In batches of `batch_size` examples, or of as many as fit into `tokens`, padded to one of the lengths `padded`.
 
     Raises:
         DistributedError: when an example was not predicted exactly once.
@@ -48,7 +50,8 @@ def predict(
     rank, world = runtime.rank(), runtime.launched_world_size()
     for positions in evaluation_batches(lengths, batch_size, rank, world, tokens):
         # A rank without work left goes along with one example, since ZeRO 3 needs all ranks; nothing of it is kept.
-        batch = collate([encoded[i] for i in positions or [len(encoded) - 1]], pad_token_id, device=device)
+        chosen = [encoded[i] for i in positions or [len(encoded) - 1]]
+        batch = collate(chosen, pad_token_id, device=device, lengths=padded)
         with torch.no_grad():
             output = forward(batch)
         if positions:
@@ -66,8 +69,9 @@ def predict(
 def metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
     """Every metric that a result reports, in plain JSON types.
 
-    Classes that occur neither as label nor as prediction count as zero in macro averages. AUPRC is the macro mean over
-    all classes of the average precision of the softmax scores.
+    Classes that occur neither as label nor as prediction count as zero in macro averages; macro_f1_present is the mean
+    over the classes that occur as label. AUPRC is the macro mean over all classes of the average precision of the
+    softmax scores.
     """
     # Imported here: it takes half a second, which the first step need not wait for.
     from torchmetrics.functional import classification
@@ -87,6 +91,7 @@ def metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
         "macro_precision": float(precision.mean()),
         "macro_recall": float(recall.mean()),
         "macro_f1": float(f1.mean()),
+        "macro_f1_present": float(f1[support > 0].mean()),
         "auprc": float(average_precision.mean()),
         "per_class": {
             name: {

@@ -1,29 +1,29 @@
 """A model's parameters, and the tensors of one step, counted on the meta device: no weights are there."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
 
-from irtune.adapters import LayerTable
-from irtune.adapters.build import add_adapters
+from irtune.adapters import LayerTable, adapter_traits, add_adapters
 from irtune.config import Config
-from irtune.config.batch_size import rows_at_once
+from irtune.config.batch_size import longest_micro_batch
+from irtune.config.declarations import adapter_kinds, methods
 from irtune.engine.recompute import Recompute
-from irtune.errors import ConfigError
-from irtune.memory.labels import planned_labels, planned_tokenizer
-from irtune.memory.meta_attention import stand_in, traceable
+from irtune.errors import ConfigError, IrtuneError, ModelError, one_line
+from irtune.memory.meta_attention import stand_in, traceable, without_values
 from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier
 from irtune.models.anatomy import is_linear
-from irtune.models.kernels import shorten_on_cpus
+from irtune.models.classifier import load_tokenizer
 from irtune.models.skeleton import empty_classifier
-from irtune.selection.registry import PAPER_BUDGETS, build_chooser, layer_budget, takes_budget
-from irtune.selection.split import REFERENCE_WINDOW
+from irtune.selection.registry import build_chooser, largest_selection
 
+LABELS = 5  # where neither the corpus nor data.labels names them: a few rows of the head more or less
 EVALUATION_ROWS = 2  # an evaluation batch, in micro-batches, as the trainer has it
 
 
@@ -83,31 +83,50 @@ def count(
         slope: count a larger micro-batch too, for `Parts.per_row`.
 
     Raises:
-        ConfigError, ModelError: as for a run whose model is there.
+        ConfigError, ModelError: as for a run whose model is there; and for a model that cannot be made, or cannot read
+            a batch, without its weights.
     """
+    try:
+        with without_values():
+            return _count(config, selected, device, labels, slope)
+    except IrtuneError:
+        raise
+    except Exception as error:  # models bring their own code, which may look at values that are not there
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(f"{config.model.name_or_path} cannot be counted without weights ({reason})") from error
+
+
+def _count(config: Config, selected: Sequence[int] | None, device: str, labels: Sequence[str], slope: bool) -> Parts:
+    """As `count`."""
     adapter, wanted = config.adapter, config.model.attn_implementation
-    if adapter.type.endswith("prefix") and wanted != "sdpa":
-        raise ConfigError(f"adapter.type {adapter.type} needs model.attn_implementation sdpa, not {wanted}")
-    names, assumed = planned_labels(config, labels)
-    attention = stand_in(wanted, DTYPES[config.model.dtype], device)
-    model, anatomy = empty_classifier(config.model, names, attention)
-    if device == "cpu":
-        shorten_on_cpus(model, compiled=config.model.compile)
+    kind = adapter_kinds()[adapter.type]
+    if kind.attention not in ("", wanted):
+        raise ConfigError(f"adapter.type {adapter.type} needs model.attn_implementation {kind.attention}, not {wanted}")
+    given = config.data.labels
+    names = list(labels) or list(dict.fromkeys(given.values() if isinstance(given, dict) else given or ()))
+    assumed = () if names else (f"{LABELS} labels, since the corpus is not read; data.labels can name them",)
+    names = names or [f"label {number}" for number in range(LABELS)]
+    dtype = DTYPES[config.model.dtype]
+    model, anatomy = empty_classifier(config.model, names, lambda kind: stand_in(wanted, dtype, device, kind))
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
-    tokenizer, unknown = planned_tokenizer(config, names)
-    if adapter.type == "pissa":  # the same shapes; its first values come from weights that are not here
-        adapter = dataclasses.replace(adapter, type="lora")
+    # L-Tuning trains on the tokens of the labels; for other types, nothing of a tokenizer matters.
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, cls_token_id=None)
+    if kind.reads_labels:
+        tokenizer = load_tokenizer(config.model)
+    if kind.shapes_of:  # its first values come from weights that are not here
+        adapter = dataclasses.replace(adapter, type=kind.shapes_of)
     with torch.device("meta"), traceable(model):
         network, table = add_adapters(Classifier(model, tokenizer, anatomy), adapter)
     trained = {id(parameter) for _, parameter in table.all()}
     constant = [parameter for parameter in network.parameters() if id(parameter) not in trained]
-    weights = [] if table.pretrained else [int(module.weight.numel()) for module in linear]
+    own_weights = adapter_traits(adapter).pretrained
+    weights = [] if own_weights else [int(module.weight.numel()) for module in linear]
     some = [number for number, layer in enumerate(table.layers) if layer]
     chosen = worst_selection(config, some, table.num_layers) if selected is None else list(selected)
     return Parts(
         linear=weights,
-        outputs=0 if table.pretrained else sum(_outputs(module) for module in linear),
+        outputs=0 if own_weights else sum(_outputs(module) for module in linear),
         rest=sum(parameter.numel() for parameter in constant) - sum(weights),
         layers=[[parameter.numel() for _, parameter in layer] for layer in table.layers],
         head=[parameter.numel() for _, parameter in table.head],
@@ -115,7 +134,7 @@ def count(
         weight_bytes=DTYPES[config.model.dtype].itemsize,
         trained_bytes=table.head[0][1].element_size(),
         device=device,
-        assumed=(*assumed, *unknown) if adapter.type.startswith("ltuning") else (),
+        assumed=assumed,
         **_steps(config, network, table, chosen, slope),
     )
 
@@ -134,36 +153,27 @@ def worst_selection(config: Config, layers: Sequence[int], num_layers: int) -> l
         ConfigError: for a budget or layers that the model has not.
     """
     tuning, count = config.tuning, len(layers)
-    if tuning.method == "fixed" or not layers:
+    if methods()[tuning.method].names_layers or not layers:
         sizes = [int(number in layers) for number in range(num_layers)]
         return build_chooser(tuning, num_layers, 0, sizes).first() or []
-    if not takes_budget(tuning.method):
-        return list(layers)
-    if tuning.method == "ir" and tuning.budget is None:
-        if tuning.rule == "reference":
-            most = count - int(REFERENCE_WINDOW[0] * count)
-        else:
-            most = min(count, max(1, math.floor(tuning.max_fraction * count + 1e-9)))
-    else:
-        most = layer_budget(tuning.budget or PAPER_BUDGETS[tuning.method], count)
+    most = largest_selection(tuning, count)
     return [layers[0], *layers[count - most + 1 :]]
 
 
-def scores_all_layers(config: Config) -> bool:
-    """Whether some steps of a run compute gradients of layers that do not train."""
+def scores_all_layers(config: Config, num_layers: int) -> bool:
+    """Whether some steps of a run over `num_layers` layers compute gradients of layers that do not train."""
     tuning = config.tuning
     if tuning.score in ("weight", "cosine"):  # which need none
         return False
-    probes = tuning.first == "probe" or tuning.scores == "fresh"
-    return tuning.method in ("topk", "grass") or (tuning.method == "ir" and probes)
+    chooser = build_chooser(tuning, num_layers, 0)
+    return chooser.needs_scores and (tuning.scores == "fresh" or chooser.first() is None)
 
 
 def _steps(config: Config, network: nn.Module, table: LayerTable, selected: list[int], slope: bool) -> dict:
     """The fields of `Parts` about steps."""
-    recompute = Recompute(
-        table.modules, reentrant=False, always=config.model.gradient_checkpointing, frozen=table.frozen
-    )
-    rows, length = rows_at_once(config), config.data.max_length
+    always = config.model.gradient_checkpointing
+    recompute = Recompute(table.modules, reentrant=False, always=always, traits=adapter_traits(config.adapter))
+    rows, length = longest_micro_batch(config), config.data.max_length
 
     def step(rows: int, scoring: bool = False) -> Step:
         return training_step(network, table, selected, recompute, rows=rows, length=length, scoring=scoring)
@@ -175,7 +185,7 @@ def _steps(config: Config, network: nn.Module, table: LayerTable, selected: list
     }
     trained = step(rows)
     found = {"peak": trained.peak, "scoring": 0, "evaluation": largest["evaluation"](rows)}
-    if scores_all_layers(config) and len(selected) < table.num_layers:
+    if scores_all_layers(config, table.num_layers) and len(selected) < table.num_layers:
         found["scoring"] = largest["scoring"](rows)
     name = max(found, key=lambda name: found[name])
     per_row = (largest[name](2 * rows) - found[name]) / rows if slope else 0.0

@@ -186,7 +186,7 @@ def _sent(
     """Bytes that a rank sends in an optimizer step, by ring algorithms (tests/test_traffic.py counts them)."""
     ring = (world - 1) / world
     gradients = ring * trained * parts.trained_bytes
-    # DeepSpeed's stages 1 and 2 all-reduce a bucket, unless they are told to reduce each rank's part to it.
+    # DeepSpeed's stages 1 and 2 all-reduce a bucket, unless they are set to reduce each rank's part to it.
     whole = stage == 0 or (stage in (1, 2) and zero.get("use_multi_rank_bucket_allreduce", True))
     sent = gradients * (2 if whole else 1)  # all-reduce, or reduce-scatter
     if stage in (1, 2):

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from irtune.adapters.prefix_attention import KERNELS, with_prefix
+from irtune.models.kernels import attention_kernel, takes_any_kernel
 from irtune.models.kernels.attention import CPU_ATTENTION, attention_by_products, is_short
 
 
@@ -95,10 +97,33 @@ _STAND_INS: dict[str, tuple[Any, Any]] = {
 for _name, (_kernel, _mask) in _STAND_INS.items():
     AttentionInterface.register(f"planned_{_name}", _kernel)
     AttentionMaskInterface.register(f"planned_{_name}", _mask)
-    if _name in KERNELS:  # those that prefixes can stand before
+    if _name in KERNELS:  # those that prefixes can precede
         KERNELS[f"planned_{_name}"] = _kernel
         AttentionInterface.register(f"prefix_planned_{_name}", with_prefix(_kernel))
         AttentionMaskInterface.register(f"prefix_planned_{_name}", _mask)
+
+
+def _has_meta_product(_input: torch.Tensor, weight: torch.Tensor, _offsets: torch.Tensor) -> bool:
+    return weight.dtype == torch.bfloat16
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """A context in which kernels that models keep as their own do not look at values, which the meta device lacks.
+
+    Those are the masks of transformers' attentions, and a product of experts that on that device takes bf16 only.
+    """
+    kept = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "eager")}
+    grouped = moe._can_use_grouped_mm
+    AttentionMaskInterface.register("sdpa", _bool_mask)
+    AttentionMaskInterface.register("eager", _number_mask)
+    moe._can_use_grouped_mm = _has_meta_product  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = grouped
+        for name, mask in kept.items():
+            AttentionMaskInterface.register(name, mask)
 
 
 @contextlib.contextmanager
@@ -120,7 +145,10 @@ def traceable(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def stand_in(wanted: str, dtype: torch.dtype, device: str) -> str:
-    """Name of the stand-in for `model.attn_implementation`, as a run on `device` (cuda or cpu) would choose it."""
-    on_cpus = device == "cpu" and wanted == "sdpa" and dtype == torch.bfloat16
-    return f"planned_{CPU_ATTENTION if on_cpus else wanted}"
+def stand_in(wanted: str, dtype: torch.dtype, device: str, kind: type[Any]) -> str:
+    """Name of the stand-in for the attention that a run on `device` (cuda or cpu) gives a model of the class `kind`.
+
+    Classes that take no other kernel than their own keep it.
+    """
+    chosen = attention_kernel(wanted, dtype, kind, on_cpu=device == "cpu")
+    return f"planned_{chosen}" if takes_any_kernel(kind) and chosen in _STAND_INS else chosen

@@ -37,9 +37,8 @@ def training_step(
 
     With `scoring`, gradients flow into the adapters of all layers, as in a step that scores them.
     """
-    table.idle.has_trained(range(table.num_layers))  # as at the end of a run, when every update may count
     table.set_trainable(list(range(table.num_layers)) if scoring else list(selected))
-    recompute.set_trained(selected, table.lowest(selected))
+    recompute.set_trained(selected)
     handles = [
         parameter.register_post_accumulate_grad_hook(_forget) for _, parameter in table.all() if parameter.requires_grad
     ]

@@ -7,8 +7,7 @@ from typing import Any
 
 from irtune.config import Config
 from irtune.errors import IrtuneError
-from irtune.memory.count import Parts
-from irtune.memory.count_cache import kept_count
+from irtune.memory.count import Parts, count
 from irtune.memory.estimate import Estimate, estimate
 from irtune.memory.measure import host_memory_bytes
 
@@ -17,7 +16,7 @@ MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class MemoryEstimate:
     """What one run will need: `parts` as counted, `estimate` per rank.
 
     longest: data.max_length where micro-batches are filled by tokens, else 0.
@@ -28,7 +27,7 @@ class RunPlan:
     longest: int = 0
 
 
-def plan_run(
+def estimate_memory(
     config: Config,
     settings: dict[str, Any],
     world_size: int,
@@ -36,7 +35,7 @@ def plan_run(
     *,
     device: str = "cuda",
     labels: Sequence[str] = (),
-) -> RunPlan | None:
+) -> MemoryEstimate | None:
     """Count what a run will need on each rank, before its model is loaded. Never fails a run.
 
     Args:
@@ -52,9 +51,9 @@ def plan_run(
     """
     zero = settings.get("zero_optimization", {})
 
-    def planned(slope: bool) -> RunPlan:
-        parts = kept_count(config, device=device, labels=labels, slope=slope)
-        return RunPlan(
+    def planned(slope: bool) -> MemoryEstimate:
+        parts = count(config, device=device, labels=labels, slope=slope)
+        return MemoryEstimate(
             parts,
             estimate(
                 parts,
@@ -74,14 +73,11 @@ def plan_run(
         # What a larger micro-batch would need costs as much time again, and matters only where memory is short.
         return planned(slope=True) if plan.estimate.fits is False else plan
     except IrtuneError as error:
-        reason = str(error)
-    except Exception as error:  # models bring their own code, which may look at values that are not there
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    log.warning("no memory plan: %s cannot be counted without weights (%s)", config.model.name_or_path, reason)
+        log.warning("no memory plan: %s", error)
     return None
 
 
-def describe(plan: RunPlan) -> str:
+def describe(plan: MemoryEstimate) -> str:
     """The plan as a table with units, some 12 lines, for a console or a fenced block of TensorBoard's text tab."""
     parts, row = plan.parts, plan.estimate
     on_cpu = parts.device == "cpu"
@@ -106,7 +102,7 @@ def describe(plan: RunPlan) -> str:
     return "\n".join([title, *lines, *(f"  assumed: {sentence}" for sentence in parts.assumed)])
 
 
-def shortage(plan: RunPlan) -> str | None:
+def shortage(plan: MemoryEstimate) -> str | None:
     """A warning for a plan that does not fit into the device; None where it fits or nobody knows."""
     row = plan.estimate
     if row.fits is not False or row.memory is None:
@@ -123,7 +119,7 @@ def shortage(plan: RunPlan) -> str | None:
     )
 
 
-def compare(plan: RunPlan, measured: int) -> str:
+def compare(plan: MemoryEstimate, measured: int) -> str:
     """One line about the measured peak, `memory.peak_memory_bytes`: planned 1.23 GiB, measured 1.10 GiB (-11%)."""
     total = plan.estimate.total
     kept = ", with freed memory that the C library keeps" if plan.parts.device == "cpu" else ""

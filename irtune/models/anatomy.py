@@ -66,7 +66,7 @@ def find_anatomy(model: nn.Module, missing: Collection[str] = ()) -> Anatomy:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a matrix product that an adapter can stand beside (GPT-2's Conv1D is one too)."""
+    """Whether `module` is a matrix product that can get an adapter (GPT-2's Conv1D is one too)."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
@@ -75,6 +75,22 @@ def linear_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
     names: dict[str, None] = {}
     for layer in model.get_submodule(anatomy.layers).children():
         names |= {name: None for name, module in layer.named_modules() if is_linear(module)}
+    return list(names)
+
+
+def weight_names(model: nn.Module, anatomy: Anatomy, dims: tuple[int, ...] = (2, 3)) -> list[str]:
+    """Names of the weights inside one layer that no linear module holds, such as `mlp.experts.gate_up_proj`.
+
+    `dims`: how many dimensions they may have; 3 for stacks of matrices, which experts are.
+    """
+    names: dict[str, None] = {}
+    for layer in model.get_submodule(anatomy.layers).children():
+        for owner, module in layer.named_modules():
+            if is_linear(module) or isinstance(module, nn.Embedding | nn.Conv1d):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if len(getattr(parameter, "ds_shape", parameter.shape)) in dims:
+                    names[f"{owner}.{name}" if owner else name] = None
     return list(names)
 
 

@@ -21,12 +21,14 @@ from transformers import (
 from irtune.config.schema import ModelConfig
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import make_whole, sharded_loading
-from irtune.errors import ModelError
+from irtune.errors import ModelError, one_line
 from irtune.models import quantization
 from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.models.files import check_files, find_source, without_safetensors
-from irtune.models.kernels import attention_kernel, heed_padding, shorten_on_cpus
-from irtune.redaction import redact
+from irtune.models.head import fit_head, set_labels
+from irtune.models.kernels import attention_kernel, track_padding
+from irtune.models.padding import suit_pooling
+from irtune.models.pooling import add_pooling, check_pooling
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,39 +60,24 @@ def load_classifier(
             it, which a warning says.
 
     Raises:
+        ConfigError: when the tokenizer does not fit `config.pooling`.
         ModelError: when there is no such model, it has no tokenizer, no list of layers can be found in it, its weights
             are not all there, are pickles without `model.allow_pickle`, or are quantised already.
     """
     name, source = str(Path(config.name_or_path).expanduser()), find_source(config)
     tokenizer = load_tokenizer(config)
-    settings = _load(
-        AutoConfig,
-        source,
-        "configuration",
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
-        trust_remote_code=config.trust_remote_code,
-    )
-    if getattr(settings, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{source} is an encoder-decoder model, which has two lists of layers; accepted: models with one"
-        )
-    if tokenizer.pad_token_id >= settings.vocab_size:
-        raise ModelError(
-            f"{source}: the tokenizer pads with token {tokenizer.pad_token_id}, but the model has embeddings for "
-            f"{settings.vocab_size} tokens only; tokenizer and model do not belong together"
-        )
-    if getattr(settings, "quantization_config", None):
-        raise ModelError(
-            f"{source} holds weights that are quantised already; accepted: weights in 16 or 32 bits, which "
-            "model.quantization quantises while they are loaded"
-        )
+    check_pooling(config, tokenizer)
+    settings = _load(AutoConfig, source, "configuration", trust_remote_code=config.trust_remote_code)
+    before = set_labels(settings, labels)
+    _refuse(source, settings)
+    _check_padding_token(source, tokenizer, settings)
     check_files(Path(source), config.allow_pickle)
-    settings.pad_token_id = tokenizer.pad_token_id
-    settings.use_cache = False
+    for part in {id(part): part for part in (settings, settings.get_text_config())}.values():
+        part.pad_token_id = tokenizer.pad_token_id
+        part.use_cache = False
     dtype = DTYPES[config.dtype]
-    obstacle = _sharding_obstacle(config, settings, Path(source)) if sharded is not None else None
+    skeleton = _skeleton(config, settings)
+    obstacle = _sharding_obstacle(skeleton, Path(source)) if sharded is not None else None
     if obstacle is not None:
         log.warning("%s: every rank loads the whole model before ZeRO 3 divides it", obstacle)
         sharded = None
@@ -101,30 +88,63 @@ def load_classifier(
             "model",
             config=settings,
             dtype=dtype,
-            attn_implementation=attention_kernel(config.attn_implementation, dtype),
+            attn_implementation=attention_kernel(config.attn_implementation, dtype, type(skeleton)),
             trust_remote_code=config.trust_remote_code,
             use_safetensors=None if config.allow_pickle else True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a head for other labels is replaced; anything else is refused below
-            **_quantized_loading(config, settings, device),
+            **_quantized_loading(config, skeleton, device),
         )
+    add_pooling(model, config)
     quantization.settle(model)
-    heed_padding(model)
-    if not torch.cuda.is_available():
-        shorten_on_cpus(model, compiled=config.compile)
+    track_padding(model)
+    suit_pooling(model, tokenizer)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name
     anatomy = _checked_anatomy(source, model, info)
     if sharded is not None:
         make_whole([model.get_submodule(name) for name in anatomy.head])
+    if (
+        config.pooling == "class"
+        and before != list(labels)
+        and not _random(info)
+        >= {f"{part}.{name}" for part in anatomy.head for name, _ in model.get_submodule(part).named_parameters()}
+    ):
+        one_more = copy.deepcopy(settings)
+        one_more.id2label = dict(enumerate([*labels, ""]))
+        fit_head(model, anatomy, _skeleton(config, one_more), before, labels, _random(info))
     return Classifier(model, tokenizer, anatomy)
 
 
-def _quantized_loading(config: ModelConfig, settings: PretrainedConfig, device: torch.device | None) -> dict[str, Any]:
-    """What `from_pretrained` is told about quantisation: all linear modules of the layers, and no other."""
+def _refuse(source: str, settings: PretrainedConfig) -> None:
+    """Raise a ModelError for kinds of models that cannot be trained here."""
+    if getattr(settings, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{source} is an encoder-decoder model, which has two lists of layers; accepted: models with one, such as "
+            "the encoder FacebookAI/roberta-base or the decoder HuggingFaceTB/SmolLM2-135M"
+        )
+    if getattr(settings, "quantization_config", None):
+        raise ModelError(
+            f"{source} holds weights that are quantised already; accepted: weights in 16 or 32 bits, which "
+            "model.quantization quantises while they are loaded"
+        )
+
+
+def _check_padding_token(source: str, tokenizer: PreTrainedTokenizerBase, settings: PretrainedConfig) -> None:
+    """Raise a ModelError where the embeddings have no row for the token to pad with."""
+    pad: Any = tokenizer.pad_token_id
+    known = getattr(settings.get_text_config(), "vocab_size", None)
+    if known is not None and pad >= known:
+        raise ModelError(
+            f"{source}: the tokenizer pads with token {pad}, but the model has embeddings for "
+            f"{known} tokens only; tokenizer and model do not belong together"
+        )
+
+
+def _quantized_loading(config: ModelConfig, skeleton: nn.Module, device: torch.device | None) -> dict[str, Any]:
+    """What `from_pretrained` gets about quantisation: all linear modules of the layers, and no other."""
     if config.quantization == "none":
         return {}
-    skeleton = _skeleton(config, settings)
     layers = find_anatomy(skeleton).layers
     kept = [n for n, part in skeleton.named_modules() if is_linear(part) and not n.startswith(f"{layers}.")]
     device = device or runtime.read_world().device
@@ -142,7 +162,7 @@ def _skeleton(config: ModelConfig, settings: PretrainedConfig) -> nn.Module:
         raise _unusable(config.name_or_path, "model", error) from error
 
 
-def _sharding_obstacle(config: ModelConfig, settings: PretrainedConfig, folder: Path) -> str | None:
+def _sharding_obstacle(skeleton: nn.Module, folder: Path) -> str | None:
     """Why a model's files cannot be loaded share by share, or None where they can.
 
     Sharded loading can replace no weight that has another shape in the files, such as a head for other labels.
@@ -150,7 +170,7 @@ def _sharding_obstacle(config: ModelConfig, settings: PretrainedConfig, folder: 
     files = list(folder.glob("*.safetensors"))
     if not files:
         return f"{folder} holds pickles only" if folder.is_dir() else f"{folder} is not on this machine yet"
-    wanted = {name: tuple(parameter.shape) for name, parameter in _skeleton(config, settings).named_parameters()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in sorted(wanted.keys() & set(weights.keys())):
@@ -186,8 +206,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:
     """Anatomy of a loaded model whose layers all came from the files."""
-    replaced = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    random = set(info["missing_keys"]) | replaced
+    replaced = _replaced(info)
+    random = _random(info) & {name for name, _ in model.named_parameters()}  # not a head that a pooling replaced
     anatomy = find_anatomy(model, random)
     wrong = sorted(key for key in random if f".{anatomy.layers}." in f".{key}")
     if wrong:
@@ -196,14 +216,14 @@ def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Ana
     return anatomy
 
 
-def longest_input(classifier: Classifier) -> int | None:
-    """Tokens that the model has positions for, or None where nothing says."""
-    limits = [
-        getattr(classifier.model.config, "max_position_embeddings", None),
-        classifier.tokenizer.model_max_length,
-    ]
-    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
-    return min(known, default=None)
+def _replaced(info: dict[str, Any]) -> set[str]:
+    """Names of parameters that have another shape in the files."""
+    return {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+
+
+def _random(info: dict[str, Any]) -> set[str]:
+    """Names of parameters that did not come from the files."""
+    return set(info["missing_keys"]) | _replaced(info)
 
 
 def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
@@ -215,7 +235,6 @@ def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
 
 
 def _unusable(source: str, what: str, error: Exception) -> ModelError:
-    reason = redact(" ".join(str(error).split()))
-    if "use_safetensors" in reason:  # transformers' advice is an option that users do not have
+    if "use_safetensors" in str(error):  # transformers' advice is an option that users do not have
         return without_safetensors(source)
-    return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {reason[:300]}")
+    return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {one_line(error)}")

@@ -8,7 +8,6 @@ keep model.dtype.
 """
 
 import copy
-import logging
 import math
 import re
 from collections.abc import Iterable
@@ -50,7 +49,6 @@ def loading_options(kind: str, dtype: torch.dtype, device: torch.device, kept: I
 
 def settle(model: nn.Module) -> None:
     """Let the quantised modules of a freshly loaded model compute as `Linear4bit` and `Linear8bit` do."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 would note the casts of every product
     # DoRA reads whole weights. peft's way of reading gives wrong ones (see `plain_weight`) and, on CPUs, replaces the
     # module's parameter by a copy without scales and without what ZeRO 3 has noted on it.
     dora.dequantize_module_weight = _module_weight  # type: ignore[assignment]
@@ -87,7 +85,7 @@ class _Product(torch.autograd.Function):
 class Linear4bit(bnb.nn.Linear4bit):
     """A linear module with nf4 weights that computes in `compute_dtype`, the same in training and in evaluation.
 
-    On CPUs with bf16 instructions bitsandbytes' own packs its weights anew in evaluation, for products in bf16, into a
+    On CPUs with bf16 instructions bitsandbytes' own repacks its weights in evaluation, for products in bf16, into a
     layout that training and ZeRO 3 then read wrongly.
     """
 
@@ -132,7 +130,7 @@ def elements(parameter: torch.Tensor) -> int:
 def plain_weight(module: nn.Module) -> torch.Tensor:
     """The weight that a linear module computes with: its own, or the quantised one as floating-point numbers.
 
-    Shape [out, in] (GPT-2's Conv1D: [in, out] while it is not quantised). Quantised ones are made anew by each call.
+    Shape [out, in] (GPT-2's Conv1D: [in, out] while it is not quantised). Quantised ones are dequantised by each call.
     """
     weight: Any = module.weight
     if isinstance(module, bnb.nn.Linear4bit):

@@ -1,15 +1,18 @@
 """Models without weights: the shape of any configuration on the meta device, of the presets without a download."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from irtune.config.schema import ModelConfig
 from irtune.models import DTYPES
 from irtune.models.anatomy import Anatomy, find_anatomy
 from irtune.models.classifier import load_settings
+from irtune.models.head import set_labels
+from irtune.models.pooling import add_pooling
 
 # Shapes of the presets, from their published config.json files.
 _LLAMA_8B = {
@@ -41,30 +44,28 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def model_settings(config: ModelConfig) -> PretrainedConfig:
-    """The configuration of a model: a preset's from here, another's from its folder or the hub.
+def empty_classifier(
+    config: ModelConfig, labels: Sequence[str], attention: Callable[[type[Any]], str]
+) -> tuple[Any, Anatomy]:
+    """A sequence classifier on the meta device, without weights.
+
+    `attention` names the attention implementation for a class of models. The configuration of a preset is from here,
+    another's from its folder or the hub.
 
     Raises:
         ModelError: when there is none.
     """
-    if config.name_or_path in SHAPES:
-        kind, shape = SHAPES[config.name_or_path]
-        return AutoConfig.for_model(kind, **shape)
-    return load_settings(config)
-
-
-def empty_classifier(config: ModelConfig, labels: Sequence[str], attention: str) -> tuple[Any, Anatomy]:
-    """A sequence classifier on the meta device, without weights, with the attention implementation `attention`."""
-    settings = model_settings(config)
-    settings.id2label = dict(enumerate(labels))  # says how many there are, too
-    settings.label2id = {label: number for number, label in enumerate(labels)}
-    settings.pad_token_id = 0
-    settings.use_cache = False
+    kind, shape = SHAPES.get(config.name_or_path, ("", {}))
+    settings: Any = AutoConfig.for_model(kind, **shape) if kind else load_settings(config)
+    set_labels(settings, labels)
+    for part in (settings, settings.get_text_config()):
+        part.pad_token_id = 0
+        part.use_cache = False
+    options = {"dtype": DTYPES[config.dtype], "trust_remote_code": config.trust_remote_code}
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(
-            settings,
-            dtype=DTYPES[config.dtype],
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-        )
+        model = AutoModelForSequenceClassification.from_config(copy.deepcopy(settings), **options)
+        wanted = attention(type(model))
+        if wanted != model.config._attn_implementation:
+            model = AutoModelForSequenceClassification.from_config(settings, attn_implementation=wanted, **options)
+        add_pooling(model, config)
     return model, find_anatomy(model)

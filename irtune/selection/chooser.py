@@ -3,7 +3,7 @@
 import abc
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,24 @@ class Observation:
     scores: Sequence[float | None] | None
     selected: Sequence[int]
     trials: Sequence[tuple[Sequence[int], float]] = ()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a method builds its chooser from: the layers that have parameters, numbered from 0.
+
+    num_layers: how many there are, L.
+    seed: of everything random.
+    count: how many of them the budget lets train at a time; L where there is no budget.
+    sizes: trainable parameters of each, length L.
+    ratios: L signal-to-noise ratios per module type; empty where the method needs none.
+    """
+
+    num_layers: int
+    seed: int
+    count: int
+    sizes: Sequence[int]
+    ratios: Mapping[str, Sequence[float]]
 
 
 class Chooser(abc.ABC):

@@ -51,8 +51,8 @@ class LayerScores:
 
         Args:
             attention_mask: [batch, length], 1 for tokens and 0 for padding.
-            all_layers: score frozen layers too. Their gradients are thrown away inside the backward pass, and they are
-                frozen again before the optimizer could see them.
+            all_layers: score frozen layers too; for gradients, inside `Engine.reaching_all_layers`. They are thrown
+                away inside the backward pass, and the layers are frozen again before the optimizer could see them.
             factor: what gradients must be multiplied with to be those of the micro-batch's mean loss (undoes the
                 division by accumulation steps, the loss scale, and the weight of a micro-batch in its step).
         """
@@ -75,8 +75,6 @@ class LayerScores:
         self._norms = []
 
     def _watch_gradients(self, cleanup: contextlib.ExitStack, all_layers: bool, factor: float) -> None:
-        if all_layers:
-            cleanup.enter_context(self.table.idle.awake())
         for layer, parameters in enumerate(self.table.layers):
             for position, (_, parameter) in enumerate(parameters):
                 if not parameter.requires_grad:

@@ -89,14 +89,11 @@ def confusion_map(counts: ArrayLike, names: Sequence[str]) -> "Figure":
     matrix = np.asarray(counts, dtype=float)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     classes, short = len(matrix), [_short(name) for name in names]
-    side = min(max(2.6, 0.42 * classes), 8.4)  # inches
-    left = bottom = 0.6 + 0.085 * max(map(len, short))
-    width, height = left + side + 1.1, bottom + side + 0.45
-    figure = _figure(width, height)
-    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    side, names_side = min(max(2.6, 0.42 * classes), 8.4), 0.6 + 0.085 * max(map(len, short))  # inches
+    figure = _figure(names_side + side + 1.0, names_side + side + 0.4, layout="compressed")
+    axes = figure.subplots()
     colours = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    bar = figure.add_axes(((left + side + 0.15) / width, bottom / height, 0.16 / width, side / height))
-    figure.colorbar(colours, cax=bar, label="share of the label's examples")
+    figure.colorbar(colours, label="share of the label's examples", aspect=22, pad=0.03)
     if classes <= NUMBERED:
         size = 10 if matrix.max() < 1000 else 7.5
         for row, column in np.ndindex(classes, classes):
@@ -116,10 +113,8 @@ def f1_bars(f1: Sequence[float], names: Sequence[str], examples: Sequence[int]) 
     """Bars: F1 of each class, from 0 to 1, with its number of examples; a line at their mean, the macro-F1."""
     classes, macro = len(f1), sum(f1) / len(f1)
     short = [f"{_short(name)} ({count})" for name, count in zip(names, examples)]
-    left, side = 0.55 + 0.085 * max(map(len, short)), min(max(1.8, 0.3 * classes), 9.0)  # inches
-    width, height = left + 3.4, side + 1.05
-    figure = _figure(width, height)
-    axes = figure.add_axes((left / width, 0.55 / height, 3.1 / width, side / height))
+    figure = _figure(4.0 + 0.085 * max(map(len, short)), min(max(1.8, 0.3 * classes), 9.0) + 1.05, layout="constrained")
+    axes = figure.subplots()
     axes.barh(np.arange(classes), f1, height=0.75, color=TRAINED)
     axes.axvline(macro, color="#c0392b", linestyle="--", linewidth=1.2)
     ticks, named, style = _name_ticks(short)
@@ -220,11 +215,12 @@ def _plain_log_ticks(bar: Any) -> None:
     bar.update_ticks()
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float, layout: Any = None) -> "Figure":
     """An empty picture of `width` by `height` inches, with at most 1200 pixels along each side."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=min(DPI, PIXELS / max(width, height)), facecolor="white")
+    dpi = min(DPI, PIXELS / max(width, height))
+    return Figure(figsize=(width, height), dpi=dpi, facecolor="white", layout=layout)
 
 
 def _layer_axes(title: str, layers: int, xlabel: str = "optimizer step") -> "tuple[Figure, Axes]":

@@ -1,10 +1,11 @@
 """Records of a run on disk: JSON lines."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from irtune.files import replacing, to_json, write_text
 
 
 def keep_until(file: Path, step: int) -> None:
@@ -24,17 +25,14 @@ def keep_until(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             break
-    scratch = file.with_suffix(".part")
-    scratch.write_text("".join(kept) if step else "", encoding="utf-8")
-    os.replace(scratch, file)
+    write_text(file, "".join(kept) if step else "")
 
 
 def write_predictions(
     path: Path, ids: Sequence[str], labels: Sequence[int], probabilities: Any, names: Sequence[str]
 ) -> None:
     """Write predictions.jsonl: id, label, predicted and the probability of each label, one object per example."""
-    scratch = path.with_name(f".{path.name}")
-    with scratch.open("w", encoding="utf-8") as out:
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8") as out:
         for example, label, row in zip(ids, labels, probabilities.tolist()):
             predicted = names[max(range(len(row)), key=row.__getitem__)]
             record = {
@@ -43,11 +41,10 @@ def write_predictions(
                 "predicted": predicted,
                 "probabilities": dict(zip(names, (round(value, 6) for value in row))),
             }
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(scratch, path)
+            out.write(to_json(record) + "\n")
 
 
 def append_record(file: Path, record: dict[str, Any]) -> None:
     """Add one JSON line to `file`."""
     with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        out.write(to_json(record) + "\n")

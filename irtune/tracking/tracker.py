@@ -1,7 +1,7 @@
 """What a run tells: JSON lines and TensorBoard files, console lines and a progress bar. Rank 0 only.
 
 Record kinds: train (per log interval), eval (per evaluation) and memory in metrics.jsonl; one object per selection in
-selection.jsonl. Units stand in the names. TensorBoard also gets pictures, the configuration and the hparams table.
+selection.jsonl. Names contain units. TensorBoard also gets pictures, the configuration and the hparams table.
 """
 
 import json
@@ -31,7 +31,7 @@ class Tracker:
     """Writes the records of a run; on other ranks than 0 it does nothing."""
 
     def __init__(self, folder: Path, *, active: bool, start_step: int, max_steps: int, score: str = "score"):
-        """Open the files; on resume, records after `start_step` are taken out, so that none stands twice.
+        """Open the files; on resume, records after `start_step` are removed, so that none appears twice.
 
         `score` is the kind of layer scores, for the legend of their picture. The text tab gets `folder`'s config.yaml.
         """

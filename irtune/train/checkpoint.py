@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from irtune.distributed.partitioned import whole, whole_shape
 from irtune.distributed.versions import versions as versions
 from irtune.errors import CheckpointError, OutputError
-from irtune.files import fingerprint, flush, writing
+from irtune.files import fingerprint, flush, write_text, writing
 
 TRAINABLE, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 MANIFEST = "manifest.json"
@@ -31,10 +31,14 @@ log = logging.getLogger("irtune")
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints. Only rank 0 writes."""
+    """The folder of a run's checkpoints. Only rank 0 writes.
+
+    identity: what a run must have in common with a checkpoint to go on from it, see `resume.run_identity`.
+    """
 
     def __init__(self, folder: Path, keep_last: int):
         self.folder, self.keep_last = folder, keep_last
+        self.identity: dict[str, Any] = {}
 
     def pointer(self, name: str) -> Path | None:
         """The step folder that `latest` or `best` names, or None."""
@@ -43,7 +47,7 @@ class Checkpoints:
             return None
         target = file.read_bytes()[:100].decode("utf-8", "replace").strip()
         if not STEP.fullmatch(target):
-            raise CheckpointError(f"{file} names {target!r}, which is no step folder")
+            raise CheckpointError(f"{file} names {target!r}, which is not a step folder")
         return self.folder / target
 
     def newest_whole(self) -> Path | None:
@@ -72,8 +76,8 @@ class Checkpoints:
             damages.append(f"{found[step].name}: {damage}")
         if damages or latest is not None:
             raise CheckpointError(
-                f"{self.folder} holds no checkpoint that is whole ({'; '.join(damages) or 'the latest is missing'}); "
-                "remove the folder to start anew"
+                f"{self.folder} holds no undamaged checkpoint ({'; '.join(damages) or 'the latest is missing'}); "
+                "remove the folder to start again"
             )
         return None
 
@@ -112,10 +116,7 @@ class Checkpoints:
             raise
 
     def _point(self, name: str, target: Path) -> None:
-        scratch = self.folder / f".{name}"
-        scratch.write_text(target.name, encoding="utf-8")
-        flush(scratch)
-        scratch.replace(self.folder / name)
+        write_text(self.folder / name, target.name)
 
     def _prune(self, newest: Path) -> None:
         """Keep the newest `keep_last` and the best. Later steps belong to a run that was gone back from."""
@@ -145,7 +146,7 @@ def find_damage(folder: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
         if fingerprint(file)["sha256"] != digest:
-            return f"{name} has another checksum than when it was written"
+            return f"{name} has a different checksum than when it was written"
     return None
 
 
@@ -158,10 +159,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is no readable checkpoint: {str(error)[:200]}") from error
+        raise CheckpointError(f"{folder} is not a readable checkpoint: {str(error)[:200]}") from error
     for key in ("run", "progress"):
         if not isinstance(state, dict) or not isinstance(state.get(key), dict):
-            raise CheckpointError(f"{folder} is no readable checkpoint: {STATE} has no {key!r}")
+            raise CheckpointError(f"{folder} is not a readable checkpoint: {STATE} has no {key!r}")
     return state
 
 

@@ -43,7 +43,7 @@ def _out_of_memory(config: Config, stage: int, text: str) -> str:
     ]
     return (
         f"{_here()}: out of memory under ZeRO {stage}. Try {', or '.join(filter(None, advice))}; "
-        f"python -m irtune plan says what fits ({_first_line(text)})"
+        f"python -m irtune plan shows what fits ({_first_line(text)})"
     )
 
 

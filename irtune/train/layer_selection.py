@@ -4,9 +4,11 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
+from irtune.adapters import Suppression
 from irtune.config import TuningConfig
 from irtune.distributed import runtime
 from irtune.engine import Engine
@@ -19,21 +21,34 @@ from irtune.train.progress import Progress
 Batch = dict[str, torch.Tensor]
 
 
-class LayerChoice:
+@dataclass(frozen=True)
+class SelectionMethod:
+    """What chooses layers, and what it looks at.
+
+    suppression: turns layers down for choosers that try that out; None for others.
+    """
+
+    chooser: Chooser
+    scores: LayerScores
+    suppression: Suppression | None = None
+
+
+class LayerSelection:
     """The selections of a run."""
 
     def __init__(
         self,
         tuning: TuningConfig,
+        method: SelectionMethod,
         *,
         engine: Engine,
-        chooser: Chooser,
-        scores: LayerScores,
         progress: Progress,
         tracker: Tracker,
         max_steps: int,
     ):
-        self.tuning, self.engine, self.chooser, self.scores = tuning, engine, chooser, scores
+        """`max_steps`: of the run; nothing is chosen after the last."""
+        self.tuning, self.engine = tuning, engine
+        self.chooser, self.scores, self.suppression = method.chooser, method.scores, method.suppression
         self.progress, self.tracker, self.max_steps = progress, tracker, max_steps
 
     def is_due(self, step: int) -> bool:
@@ -53,7 +68,7 @@ class LayerChoice:
     def _scored(self, batch: Batch, factor: float, *, all_layers: bool):
         reaches_below = all_layers and self.scores.needs_gradients
         with (
-            self.engine.recompute.scoring() if reaches_below else contextlib.nullcontext(),
+            self.engine.reaching_all_layers() if reaches_below else contextlib.nullcontext(),
             self.scores.micro_batch(batch["attention_mask"], all_layers=all_layers, factor=factor),
         ):
             yield
@@ -95,10 +110,17 @@ class LayerChoice:
         if not sets:
             return []
         self.engine.module.eval()  # the same answer for any split over ranks: no dropout
-        losses = [torch.stack([self.engine.trial(batch, layers) for batch in batches]).mean() for layers in sets]
+        losses = [torch.stack([self._trial(batch, layers) for batch in batches]).mean() for layers in sets]
         self.engine.module.train()
         mean = runtime.all_reduce(torch.stack(losses)) / runtime.launched_world_size()
         return list(zip(sets, mean.tolist()))
+
+    @torch.no_grad()
+    def _trial(self, batch: Batch, layers: list[int]) -> torch.Tensor:
+        """Mean loss of `batch` on this rank with the adapters of `layers` suppressed. Collective."""
+        assert self.suppression is not None, "the chooser asks for trials, but first values were not remembered"
+        with self.suppression.suppressed(layers):
+            return self.engine.mean_loss(batch).detach().float()
 
     def _train_layers(self, chosen: list[int], raw: list[float | None] | None, started: float) -> None:
         num_layers = self.engine.table.num_layers

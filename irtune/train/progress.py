@@ -44,7 +44,7 @@ class Progress:
 
 
 @dataclass
-class Done:
+class CompletedStep:
     """An optimizer step that was made, as far as the host knows without waiting for the device.
 
     step: its number, from 1. layers: those that it updated if it was applied. applied: 0-d bool on the device, the same
@@ -62,25 +62,22 @@ class Window:
 
     def __init__(self, progress: Progress):
         self.progress = progress
-        self._done: list[Done] = []
+        self._done: list[CompletedStep] = []
         self._losses: list[torch.Tensor] = []
-        self.forget_batches()
+        self.tokens = self.examples = self.positions = 0  # positions: tokens and padding
 
-    def forget_batches(self) -> None:
-        """Start counting examples, tokens, and positions (tokens and padding) anew."""
-        self.tokens = self.examples = self.positions = 0
+    def count(self, micro_batches: list[list[int]]) -> None:
+        """A step of micro-batches, whose examples have so many tokens and are padded to the longest of them."""
+        for lengths in micro_batches:
+            self.tokens += sum(lengths)
+            self.examples += len(lengths)
+            self.positions += max(lengths) * len(lengths)
 
-    def count(self, lengths: list[int]) -> None:
-        """A micro-batch of examples of `lengths` tokens, padded to the longest."""
-        self.tokens += sum(lengths)
-        self.examples += len(lengths)
-        self.positions += max(lengths) * len(lengths)
-
-    def add(self, done: Done) -> None:
+    def add(self, done: CompletedStep) -> None:
         """A step was made."""
         self._done.append(done)
 
-    def settle(self) -> Iterator[int]:
+    def count_applied_steps(self) -> Iterator[int]:
         """Find out which steps were applied, with one host read, and count them; yields the numbers of the skipped.
 
         To be used up: what is not asked for is not counted.
@@ -97,7 +94,7 @@ class Window:
                 yield one.step
 
     def drain(self) -> None:
-        """Average the losses of the steps that are settled over ranks into `progress.losses`. Collective."""
+        """Average the losses of the counted steps over ranks into `progress.losses`. Collective."""
         if self._losses:
             means = runtime.all_reduce(torch.stack(self._losses)) / runtime.launched_world_size()
             self.progress.losses += means.tolist()
@@ -106,5 +103,5 @@ class Window:
     def mean(self) -> float | None:
         """Mean loss since the last line, after `drain`; None where every step was skipped. Starts a new window."""
         losses, self.progress.losses = self.progress.losses, []
-        self.forget_batches()
+        self.tokens = self.examples = self.positions = 0
         return sum(losses) / len(losses) if losses else None

@@ -14,25 +14,25 @@ from irtune.train.trainer import Trainer
 
 def announce(trainer: Trainer, world: World) -> None:
     """Say what is about to happen, with the batch arithmetic."""
-    config, table = trainer.config, trainer.engine.table
+    config, table, data = trainer.config, trainer.engine.table, trainer.data
     optim = config.optim
     layer = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in table.layers[0])
     size = f"{optim.micro_batch_tokens} tokens" if optim.micro_batch_tokens else f"{optim.micro_batch_size} examples"
-    sizes = ", ".join(f"{split} {len(examples)}" for split, examples in trainer.corpus.splits.items())
+    sizes = ", ".join(f"{split} {len(examples)}" for split, examples in data.corpus.splits.items())
     trainer.tracker.say(
         f"irtune {__version__}: {config.tuning.method} on {config.model.name_or_path} ({table.num_layers} layers, "
         f"{layer:,} adapter parameters each), {world.size} rank(s) on {world.device.type}, "
         f"ZeRO {trainer.engine.stage}\n"
-        f"corpus: {sizes} examples, {len(trainer.corpus.labels)} labels ({', '.join(trainer.corpus.labels)})\n"
+        f"corpus: {sizes} examples, {len(data.corpus.labels)} labels ({', '.join(data.corpus.labels)})\n"
         f"batch: {size} x {optim.gradient_accumulation_steps} accumulation x {world.size} ranks = "
-        f"{trainer.plan.examples_per_step:,} examples per step, "
-        f"{trainer.max_steps} steps ({trainer.plan.steps_per_epoch} per epoch)"
+        f"{data.sampler.examples_per_step:,} examples per step, "
+        f"{data.max_steps} steps ({data.sampler.steps_per_epoch} per epoch)"
     )
 
 
 def collect_results(trainer: Trainer, metrics: dict[str, Any], world: World) -> dict[str, Any]:
     """The content of results.json. Collective."""
-    progress, engine = trainer.progress, trainer.engine
+    progress, engine, sampler = trainer.progress, trainer.engine, trainer.data.sampler
     mine = torch.tensor([peak_memory_bytes(world.device), peak_host_memory_bytes()], dtype=torch.float64)
     peaks = torch.stack(runtime.all_gather(mine.to(world.device))).amax(0).tolist()
     bytes_seen = progress.state_bytes
@@ -41,11 +41,11 @@ def collect_results(trainer: Trainer, metrics: dict[str, Any], world: World) -> 
         "steps": progress.step,
         "best_step": progress.best_step,
         "wall_seconds": progress.seconds,
-        "examples_per_second": trainer.plan.examples(progress.step) / max(progress.seconds, 1e-9),
-        "examples_per_step": trainer.plan.examples_per_step,
+        "examples_per_second": sampler.examples(progress.step) / max(progress.seconds, 1e-9),
+        "examples_per_step": sampler.examples_per_step,
         "world_size": world.size,
         "zero_stage": engine.stage,
-        "num_layers": trainer.num_layers,
+        "num_layers": engine.table.num_layers,
         "skipped_steps": progress.skipped,
         "layers_trained_per_step": sum(progress.trained_steps) / max(1, progress.step),
         "layers_ever_trained": sum(count > 0 for count in progress.trained_steps),

@@ -1,14 +1,16 @@
-"""What a run goes on from, and whether it may."""
+"""What a run resumes from, and whether it may."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from irtune.adapters import LayerTable
 from irtune.config import Config
-from irtune.data import BatchPlan, Corpus
+from irtune.data import BatchSampler, Corpus
 from irtune.distributed import runtime
 from irtune.errors import CheckpointError, ConfigError
-from irtune.train.checkpoint import Checkpoints, find_damage, versions
+from irtune.train.checkpoint import TRAINABLE, Checkpoints, find_damage, load_into, read_state, read_tensors, versions
 
 log = logging.getLogger("irtune")
 DERIVED = ("gradient_accumulation_steps", "global_batch_size")  # of optim: their product with the ranks decides
@@ -25,19 +27,52 @@ HARMLESS = (
 )
 
 
-def run_identity(config: Config, corpus: Corpus, plan: BatchPlan, max_steps: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint that a run goes on from: its folder, and the JSON part of it."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    def ends(self, max_steps: int) -> bool:
+        """Whether training was over there."""
+        progress = self.state["progress"]
+        return progress["step"] >= max_steps or progress.get("stopped", False)
+
+
+def resume_from(folder: Path, identity: dict[str, Any], table: LayerTable, *, pretrained: bool) -> ResumePoint:
+    """Read a checkpoint of a run like this one, and put its adapters and head into the model.
+
+    Args:
+        folder: of the checkpoint.
+        identity: of this run.
+        table: the model's parameters, under no engine yet. Collective where they are partitioned.
+        pretrained: the layers' parameters are the model's own: those that never trained are not in a checkpoint.
+
+    Raises:
+        CheckpointError: when the checkpoint cannot be read, or is that of another run.
+    """
+    state = read_state(folder)
+    check_same_run(state["run"], identity, folder)
+    note_versions(state.get("versions"), folder)
+    untrained = {name for layer in table.layers for name, _ in layer} if pretrained else set()
+    load_into(table.all(), read_tensors(folder, TRAINABLE), folder, untrained)
+    return ResumePoint(folder, state)
+
+
+def run_identity(config: Config, corpus: Corpus, sampler: BatchSampler, max_steps: int) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
     optim = {key: value for key, value in vars(config.optim).items() if key not in DERIVED}
-    places = ("path", "train", "dev", "test")
+    places = ("path", "config", "train", "dev", "test")
     return {
         "model": {key: value for key, value in vars(config.model).items() if key not in HARMLESS},
         "adapter": vars(config.adapter),
         "tuning": vars(config.tuning),
-        "optim": optim | {"micro_batches_per_step": plan.micro_batches, "max_steps": max_steps},
+        "optim": optim | {"micro_batches_per_step": sampler.micro_batches, "max_steps": max_steps},
         "data": {key: value for key, value in vars(config.data).items() if key not in places},
         "labels": corpus.labels,
         "examples": {split: len(examples) for split, examples in corpus.splits.items()},
-        "training_lengths": runtime.derived_seed(*plan.lengths),
+        "training_lengths": runtime.derived_seed(*sampler.lengths),
         "seed": config.run.seed,
     }
 
@@ -63,7 +98,7 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with another model, data, method or optimizer; names every difference."""
+    """Refuse to continue with another model, data, method or optimizer; names every difference."""
     changes = []
     for section, value in now.items():
         old = saved.get(section)

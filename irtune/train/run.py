@@ -3,14 +3,12 @@
 import json
 import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
+from irtune import console
 from irtune.config import Config
-from irtune.config.batch_size import for_ranks
+from irtune.config.batch_size import with_accumulation
 from irtune.distributed import logs, runtime
 from irtune.distributed import node_checks as nodes
 from irtune.distributed.runtime import World
@@ -24,9 +22,10 @@ from irtune.redaction import redact
 from irtune.tracking.tracker import Tracker
 from irtune.train.checkpoint import find_damage
 from irtune.train.failures import as_user_error, stop_within, tell_the_others
+from irtune.train.layer_selection import LayerSelection
 from irtune.train.progress import Progress
 from irtune.train.results import announce, collect_results
-from irtune.train.setup import Plans, engine_settings, prepare, pretrained_weights
+from irtune.train.setup import RunSetup, engine_settings, prepare, pretrained_weights
 from irtune.train.trainer import Trainer
 
 log = logging.getLogger("irtune")
@@ -39,11 +38,13 @@ def run(config: Config) -> dict[str, Any] | None:
     A run that is finished already is not touched: its results are returned.
 
     Raises:
-        IrtuneError: for everything a user can mend. The process group is left in any case.
+        IrtuneError: for everything a user can fix. The process group is left in any case.
         StoppedError: after SIGTERM or SIGINT, when the last step is saved.
     """
     world = runtime.read_world()
-    _quiet(world)
+    console.let_speak(is_main=world.is_main)
+    console.quiet_libraries()
+    console.quiet_transformers()
     settings = engine_settings(config, world)
     runtime.start(world, config.run.timeout_seconds)
     failure: BaseException | None = None
@@ -52,19 +53,19 @@ def run(config: Config) -> dict[str, Any] | None:
         runtime.doing("reading model and corpus")
         runtime.seed_everything(config.run.seed, deterministic=config.run.deterministic)
         folder = Path(config.run.output_dir).expanduser()
-        plans = prepare(config, settings, world, folder)
-        if plans.finished:
+        setup = prepare(config, settings, world, folder)
+        if setup.finished:
             log.info("%s is finished; these are its results", folder)
             return json.loads((folder / "results.json").read_text(encoding="utf-8")) if world.is_main else None
         with writing(folder):
             logs.open_log(folder / "logs", world.rank, str(world.device), clean=redact)
-            results = _train(plans, world, folder)
+            results = _train(setup, world, folder)
     except IrtuneError as error:
         failure = error
         tell_the_others(error)
         raise
     except Exception as error:
-        told = as_user_error(error, for_ranks(config, world.size), settings["zero_optimization"]["stage"])
+        told = as_user_error(error, with_accumulation(config, world.size), settings["zero_optimization"]["stage"])
         failure = told or error
         tell_the_others(failure)
         if told is None:
@@ -76,15 +77,15 @@ def run(config: Config) -> dict[str, Any] | None:
     return results if world.is_main else None
 
 
-def _train(plans: Plans, world: World, folder: Path) -> dict[str, Any]:
-    trainer = build(plans, world, folder)
+def _train(setup: RunSetup, world: World, folder: Path) -> dict[str, Any]:
+    trainer = build(setup, world, folder)
     try:
         trainer.run()
         results = collect_results(trainer, trainer.finish(folder), world)
-        if plans.memory is not None:
-            results["planned_memory_bytes"] = plans.memory.estimate.total
-            trainer.tracker.say(compare(plans.memory, results["peak_memory_bytes"]))
-        trainer.tracker.outcome(plans.config, results)
+        if setup.memory is not None:
+            results["planned_memory_bytes"] = setup.memory.estimate.total
+            trainer.tracker.say(compare(setup.memory, results["peak_memory_bytes"]))
+        trainer.tracker.outcome(setup.config, results)
     finally:
         trainer.tracker.close()
     if world.is_main:
@@ -97,68 +98,57 @@ def _train(plans: Plans, world: World, folder: Path) -> dict[str, Any]:
     return results
 
 
-def _quiet(world: World) -> None:
-    """One voice: rank 0 reports, libraries only warn."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    log.setLevel(logging.INFO)  # for the logs of all ranks
-    if not world.is_main:
-        for console in logging.getLogger().handlers:
-            console.addFilter(lambda record: not record.name.startswith("irtune") or record.levelno >= logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' notes to each other, not to our users
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def build(plans: Plans, world: World, folder: Path) -> Trainer:
-    """The engine and the trainer, where the run stands."""
-    config, state = plans.config, plans.state
-    park = config.tuning.deselected_state == "offload"
-    labels = [example.label for example in plans.corpus.splits["train"]]
-    loss = build_loss(config.optim, [labels.count(c) for c in range(len(plans.corpus.labels))], world.device)
-    if config.model.fused_kernels:
-        add_fused_kernels(plans.model)
-    if config.model.compile:
-        compile_layers(plans.table.modules)
-    engine = Engine(
-        plans.model,
-        plans.table,
-        config.optim,
-        plans.settings,
-        park=park,
-        loss=loss,
-        recompute=config.model.gradient_checkpointing,
-    )
+def build(setup: RunSetup, world: World, folder: Path) -> Trainer:
+    """The engine and the trainer, at the step that the run has reached."""
+    config, data, resumed = setup.config, setup.data, setup.resumed
+    engine = _build_engine(setup)
     runtime.limit_waiting(config.run.timeout_seconds)
-    progress = Progress(**state["progress"]) if state is not None else Progress()
-    if state is not None and find_damage(plans.checkpoints.folder / f"step_{progress.best_step}") is not None:
+    progress = Progress(**resumed.state["progress"]) if resumed is not None else Progress()
+    if resumed is not None and find_damage(setup.checkpoints.folder / f"step_{progress.best_step}") is not None:
         progress.best = None  # the best weights so far are not in this folder: look for new ones
+    tracker = Tracker(
+        folder,
+        active=world.is_main,
+        start_step=progress.step,
+        max_steps=data.max_steps,
+        score=config.tuning.score,
+    )
+    layers = LayerSelection(
+        config.tuning, setup.method, engine=engine, progress=progress, tracker=tracker, max_steps=data.max_steps
+    )
     trainer = Trainer(
         config,
         engine=engine,
-        chooser=plans.chooser,
-        scores=plans.scores,
-        plan=plans.plan,
-        corpus=plans.corpus,
-        encoded=plans.encoded,
-        pad_token_id=plans.pad_token_id,
-        max_steps=plans.max_steps,
-        checkpoints=plans.checkpoints,
-        tracker=Tracker(
-            folder,
-            active=world.is_main,
-            start_step=progress.step,
-            max_steps=plans.max_steps,
-            score=plans.config.tuning.score,
-        ),
-        device=world.device,
+        data=data,
+        layers=layers,
+        checkpoints=setup.checkpoints,
+        tracker=tracker,
         progress=progress,
-        identity=plans.identity,
-        pretrained=lambda: pretrained_weights(plans),
+        pretrained=lambda: pretrained_weights(setup),
     )
-    if state is not None and plans.resumed is not None:
-        trainer.restore(plans.resumed, state)
-        trainer.tracker.say(f"resumed from {plans.resumed} at step {progress.step}")
+    if resumed is not None:
+        trainer.restore(resumed)
+        tracker.say(f"resumed from {resumed.folder} at step {progress.step}")
     announce(trainer, world)
-    if plans.memory is not None:
-        trainer.tracker.text("plan", describe(plans.memory))
+    if setup.memory is not None:
+        tracker.text("plan", describe(setup.memory))
     return trainer
+
+
+def _build_engine(setup: RunSetup) -> Engine:
+    config, model = setup.config, setup.model
+    loss = build_loss(config.optim, setup.data.label_counts(), setup.data.device, setup.data.corpus.labels)
+    if config.model.fused_kernels:
+        add_fused_kernels(model.module)
+    if config.model.compile:
+        compile_layers(model.table.modules)
+    return Engine(
+        model.module,
+        model.table,
+        config.optim,
+        setup.settings,
+        traits=model.traits,
+        park=config.tuning.deselected_state == "offload",
+        loss=loss,
+        recompute=config.model.gradient_checkpointing,
+    )

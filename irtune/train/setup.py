@@ -1,6 +1,7 @@
 """Read every input and make every check of a run before the first byte is written."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,55 +9,75 @@ from typing import Any
 import torch
 from torch import nn
 
-from irtune.adapters import LayerTable, remember_origins
-from irtune.adapters.build import add_adapters
-from irtune.adapters.ltuning import longest_label
+from irtune.adapters import AdapterTraits, LayerTable, Suppression, adapter_traits, add_adapters
+from irtune.adapters.guard import check_length, watch
 from irtune.config import Config, write_config
-from irtune.config.batch_size import for_ranks
+from irtune.config.batch_size import with_accumulation
+from irtune.config.checks import pools_edits
+from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.data import BatchPlan, Corpus, Encoder, TokenCache, corpus_digest, plan_batches, read_corpus
-from irtune.distributed import environment, runtime
+from irtune.data import (
+    Corpus,
+    Encoded,
+    Encoder,
+    build_sampler,
+    corpus_digest,
+    padded_lengths,
+    read_corpus,
+    total_steps,
+)
 from irtune.distributed import node_checks as nodes
+from irtune.distributed import runtime
 from irtune.distributed.partitioned import whole
 from irtune.distributed.runtime import World
 from irtune.engine.deepspeed_private import unknown_zero_keys
+from irtune.engine.losses import class_weights
 from irtune.errors import ConfigError
-from irtune.memory import RunPlan, plan_run, shortage
+from irtune.evaluation.saved_run import check_will_load
+from irtune.evaluation.start import start_from
+from irtune.memory import MemoryEstimate, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models import Classifier, load_classifier
 from irtune.models.anatomy import output_projections
-from irtune.models.classifier import longest_input
+from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
 from irtune.selection import Chooser
 from irtune.selection.registry import build_chooser
 from irtune.selection.scores import LayerScores
 from irtune.selection.signal_noise import layer_ratios
-from irtune.train.checkpoint import TRAINABLE, Checkpoints, load_into, read_state, read_tensors
-from irtune.train.resume import check_same_run, find_checkpoint, note_versions, run_identity
+from irtune.train.checkpoint import Checkpoints
+from irtune.train.layer_selection import SelectionMethod
+from irtune.train.resume import ResumePoint, find_checkpoint, resume_from, run_identity
+from irtune.train.training_data import TrainingData
 
 log = logging.getLogger("irtune")
 
 
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model with adapters in it, under no engine yet: what trains in which layer, and what kind of adapters it is."""
+
+    module: nn.Module
+    table: LayerTable
+    traits: AdapterTraits
+
+
 @dataclass
-class Plans:
-    """What is known before anything is written: every input read, every check made."""
+class RunSetup:
+    """What is known before anything is written: every input read, every check made.
+
+    config: for this number of ranks. settings: the completed DeepSpeed JSON. memory: on rank 0, what the run will need,
+    where that can be counted. resumed: where training goes on, None for a new run. finished: nothing is left to do.
+    """
 
     config: Config
     settings: dict[str, Any]
-    corpus: Corpus
-    encoded: dict[str, list[dict[str, list[int]]]]
-    plan: BatchPlan
-    max_steps: int
-    model: nn.Module
-    table: LayerTable
-    pad_token_id: int
-    scores: LayerScores
-    chooser: Chooser
+    data: TrainingData
+    model: AdaptedModel
+    method: SelectionMethod
     checkpoints: Checkpoints
-    memory: RunPlan | None
-    identity: dict[str, Any]
-    resumed: Path | None
-    state: dict[str, Any] | None
+    memory: MemoryEstimate | None
+    resumed: ResumePoint | None
     finished: bool
 
 
@@ -84,87 +105,100 @@ def _check_device(config: Config, world: World) -> list[str]:
     return problems
 
 
-def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path) -> Plans:
+def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path) -> RunSetup:
     """Everything that can fail by the user's doing, on all ranks alike, before the first byte is written."""
-    given, config = config, for_ranks(config, world.size)
-    micro_batches = world.size * config.optim.gradient_accumulation_steps
+    given, config = config, with_accumulation(config, world.size)
     with runtime.shared_errors():
         checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
-        resumed = find_checkpoint(config, checkpoints)
+        latest = find_checkpoint(config, checkpoints)
         corpus = read_corpus(config.data)
+        class_weights(config.optim, corpus.labels)  # they fit the labels?
         digest = corpus_digest(corpus)
-    nodes.check_equal({"the corpus": digest, "the checkpoint to go on from": resumed.name if resumed else "none"})
+    nodes.check_equal({"the corpus": digest, "the checkpoint to continue from": latest.name if latest else "none"})
     with runtime.shared_errors():
-        memory = _plan_memory(config, settings, world, corpus)
+        memory = _estimate_memory(config, settings, world, corpus)
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
-        _check_length(config, classifier)
-        encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
-        cache = TokenCache(environment.cache_folder() / "tokens", encoder, digest)
-        # Once per node: the others find it done when they have met the first at the end of this block.
-        early = world.local_rank == 0 or not cache.is_usable()
-        encoded = cache.load_or_encode(corpus) if early else {}
-    nodes.check_equal({"the tokenizer with its prompt": cache.key})
+        check_length(config, classifier)
+        encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
+    nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})
     with runtime.shared_errors():
-        encoded = encoded or cache.load_or_encode(corpus)
-        lengths = [len(item["input_ids"]) for item in encoded["train"]]
-        plan = plan_batches(lengths, config, micro_batches)
-        max_steps = config.optim.max_steps or max(1, round(config.optim.epochs * plan.steps_per_epoch))
-        score = config.tuning.score
-        projections = output_projections(classifier.model, classifier.anatomy) if score == "weight" else None
-        by_ratio = config.tuning.method == "spectrum"
-        ratios = layer_ratios(classifier.model, classifier.anatomy) if by_ratio else None
-        model, table = add_adapters(classifier, config.adapter)
-        if config.tuning.method == "ist":
-            remember_origins(table)
-        sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]
-        chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
-        identity = run_identity(config, corpus, plan, max_steps)
-        state = None
-        if resumed is not None:
-            state = read_state(resumed)
-            check_same_run(state["run"], identity, resumed)
-            note_versions(state.get("versions"), resumed)
-            # Layers that never trained are not in a checkpoint of pretrained weights.
-            untrained = {name for layer in table.layers for name, _ in layer} if table.pretrained else set()
-            load_into(table.all(), read_tensors(resumed, TRAINABLE), resumed, untrained)
-        trained = state is not None and (
-            state["progress"]["step"] >= max_steps or state["progress"].get("stopped", False)
-        )
-        finished = trained and (folder / "results.json").is_file()
+        encoded = encoder.encode_corpus(corpus)
+        check_tokens(classifier, encoded.values())
+        data = _training_data(config, corpus, encoded, classifier, world)
+        projections, ratios = _score_constants(config, classifier)  # before adapters wrap the modules
+        guard = watch(classifier, encoded["train"])
+        module, table = add_adapters(classifier, config.adapter)
+        if guard is not None:
+            guard.check(module, table, config.adapter)
+        check_will_load(module)
+        if config.model.start_from is not None:
+            start_from(config.model.start_from, module, table, config.adapter, corpus.labels)
+        traits = adapter_traits(config.adapter)
+        suppression = Suppression(table) if methods()[config.tuning.method].suppresses else None
+        chooser = _build_chooser(config, table, ratios)
+        checkpoints.identity = run_identity(config, corpus, data.sampler, data.max_steps)
+        resumed = None
+        if latest is not None:
+            resumed = resume_from(latest, checkpoints.identity, table, pretrained=traits.pretrained)
+        finished = resumed is not None and resumed.ends(data.max_steps) and (folder / "results.json").is_file()
         if world.is_main and not finished:
             _open_folder(folder, given)
-    return Plans(
+    # After weights of a checkpoint were put in: the score `weight` is of what trains.
+    scores = LayerScores(table, config.tuning.score, world.device, projections)
+    return RunSetup(
         config=config,
         settings=settings,
-        corpus=corpus,
-        encoded=encoded,
-        plan=plan,
-        max_steps=max_steps,
-        model=model,
-        table=table,
-        pad_token_id=classifier.tokenizer.pad_token_id,
-        scores=LayerScores(table, score, world.device, projections),
-        chooser=chooser,
+        data=data,
+        model=AdaptedModel(module, table, traits),
+        method=SelectionMethod(chooser, scores, suppression),
         checkpoints=checkpoints,
         memory=memory,
-        identity=identity,
         resumed=resumed,
-        state=state,
         finished=runtime.all_gather_object(finished)[0],
     )
 
 
-def _plan_memory(config: Config, settings: dict[str, Any], world: World, corpus: Corpus) -> RunPlan | None:
+def _estimate_memory(config: Config, settings: dict[str, Any], world: World, corpus: Corpus) -> MemoryEstimate | None:
     """What the run will need, counted by rank 0 before weights are loaded; warns where that does not fit."""
     if not world.is_main:
         return None
-    plan = plan_run(
+    memory = estimate_memory(
         config, settings, world.size, device_memory_bytes(world.device), device=world.device.type, labels=corpus.labels
     )
-    warning = plan and shortage(plan)
+    warning = memory and shortage(memory)
     if warning:
         log.warning("%s", warning)
-    return plan
+    return memory
+
+
+def _training_data(
+    config: Config, corpus: Corpus, encoded: Encoded, classifier: Classifier, world: World
+) -> TrainingData:
+    sampler = build_sampler(encoded["train"], config, world.size * config.optim.gradient_accumulation_steps)
+    return TrainingData(
+        corpus,
+        encoded,
+        sampler,
+        max_steps=total_steps(config.optim, sampler),
+        pad_token_id=classifier.tokenizer.pad_token_id,
+        device=world.device,
+        seed=config.run.seed,
+        padded=padded_lengths(config, world.device),
+    )
+
+
+def _score_constants(
+    config: Config, classifier: Classifier
+) -> tuple[Sequence[torch.Tensor] | None, dict[str, list[float]] | None]:
+    """What some methods look at: a projection per layer for the score `weight`, or signal-to-noise ratios."""
+    model, anatomy = classifier.model, classifier.anatomy
+    projections = output_projections(model, anatomy) if config.tuning.score == "weight" else None
+    return projections, layer_ratios(model, anatomy) if methods()[config.tuning.method].needs_ratios else None
+
+
+def _build_chooser(config: Config, table: LayerTable, ratios: dict[str, list[float]] | None) -> Chooser:
+    sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]
+    return build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
 
 
 def _sharded(config: Config, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -176,42 +210,28 @@ def _sharded(config: Config, settings: dict[str, Any]) -> dict[str, Any] | None:
     return zero if zero["stage"] == 3 and config.model.quantization == "none" else None
 
 
-def pretrained_weights(plans: Plans) -> dict[str, torch.Tensor]:
-    """Pretrained weights of the layers, read anew, where training overwrites them; else nothing. Collective.
+def pretrained_weights(setup: RunSetup) -> dict[str, torch.Tensor]:
+    """Pretrained weights of the layers, read again, where training overwrites them; else nothing. Collective.
 
     The best checkpoint lacks layers that first trained after it: they must be what they were before. Where ranks hold
     shares, the layers are given their weights here, one by one, and nothing is returned.
     """
-    if not plans.table.pretrained:
+    if not setup.model.traits.pretrained:
         return {}
-    zero = _sharded(plans.config, plans.settings)
+    layers = setup.model.table.layers
+    zero = _sharded(setup.config, setup.settings)
     if zero is not None:
         zero = zero | {"offload_param": {"device": "cpu"}}  # the device may have no room for a second share
-    model = load_classifier(plans.config.model, plans.corpus.labels, sharded=zero).model
+    model = load_classifier(setup.config.model, setup.data.corpus.labels, sharded=zero).model
     weights = dict(model.named_parameters())
     if zero is None:
-        return {name: weights[name] for layer in plans.table.layers for name, _ in layer}
-    for layer in plans.table.layers:
+        return {name: weights[name] for layer in layers for name, _ in layer}
+    for layer in layers:
         parameters, read = [parameter for _, parameter in layer], [weights[name] for name, _ in layer]
         with torch.no_grad(), whole(parameters, write=True), whole(read):
             for parameter, values in zip(parameters, read):
                 parameter.copy_(values)
     return {}
-
-
-def _check_length(config: Config, classifier: Classifier) -> None:
-    limit = longest_input(classifier)
-    if limit is None:
-        return
-    more = config.adapter.num_tokens if config.adapter.type == "prompt" else 0
-    if config.adapter.type == "ltuning-prompt":
-        more = longest_label(classifier)
-    if config.data.max_length + more > limit:
-        behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
-        raise ConfigError(
-            f"data.max_length is {config.data.max_length}{behind}, but {config.model.name_or_path} has positions for "
-            f"{limit} tokens; accepted: at most {limit - more}"
-        )
 
 
 def _open_folder(folder: Path, config: Config) -> None:

@@ -9,24 +9,23 @@ from typing import Any
 import torch
 
 from irtune.config import Config
-from irtune.data import BatchPlan, Corpus, collate
+from irtune.config.warmup import warmup_length
 from irtune.distributed import runtime
 from irtune.engine import Engine
 from irtune.errors import StoppedError, TrainingError
-from irtune.evaluation.metrics import Predictions, metrics, predict
+from irtune.evaluation.metrics import Predictions, metrics
 from irtune.files import writing
 from irtune.memory.measure import peak_memory_bytes
-from irtune.selection import Chooser
-from irtune.selection.scores import LayerScores
 from irtune.tracking.records import write_predictions
 from irtune.tracking.tracker import Tracker
 from irtune.train.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, versions
-from irtune.train.layer_selection import LayerChoice
+from irtune.train.collapse import collapse
+from irtune.train.layer_selection import LayerSelection
 from irtune.train.learning_rate import learning_rate
 from irtune.train.nonfinite import find_origin
-from irtune.train.progress import Done, Progress, Window
-
-EVALUATION_BATCH = 2  # in micro-batches: no gradients, so more examples fit
+from irtune.train.progress import CompletedStep, Progress, Window
+from irtune.train.resume import ResumePoint
+from irtune.train.training_data import TrainingData
 
 
 class Trainer:
@@ -37,38 +36,17 @@ class Trainer:
         config: Config,
         *,
         engine: Engine,
-        chooser: Chooser,
-        scores: LayerScores,
-        plan: BatchPlan,
-        corpus: Corpus,
-        encoded: dict[str, list[dict[str, list[int]]]],
-        pad_token_id: int,
-        max_steps: int,
+        data: TrainingData,
+        layers: LayerSelection,
         checkpoints: Checkpoints,
         tracker: Tracker,
-        device: torch.device,
         progress: Progress,
-        identity: dict[str, Any],
         pretrained: Callable[[], dict[str, torch.Tensor]],
     ):
-        self.config, self.engine, self.chooser = config, engine, chooser
-        self.plan, self.corpus, self.encoded, self.pad_token_id = plan, corpus, encoded, pad_token_id
-        self.max_steps, self.checkpoints, self.tracker, self.device = max_steps, checkpoints, tracker, device
-        self.progress, self.identity, self.pretrained = progress, identity, pretrained
-        self.eval_every = config.run.eval_every or plan.steps_per_epoch
-        self.num_layers = engine.table.num_layers
-        tokens = config.optim.micro_batch_tokens
-        self.evaluation_batch = EVALUATION_BATCH * config.optim.micro_batch_size
-        self.evaluation_tokens = None if tokens is None else EVALUATION_BATCH * tokens
-        self.layers = LayerChoice(
-            config.tuning,
-            engine=engine,
-            chooser=chooser,
-            scores=scores,
-            progress=progress,
-            tracker=tracker,
-            max_steps=max_steps,
-        )
+        """`pretrained`: reads pretrained weights that training overwrote, see `setup.pretrained_weights`."""
+        self.config, self.engine, self.data, self.layers = config, engine, data, layers
+        self.checkpoints, self.tracker, self.progress, self.pretrained = checkpoints, tracker, progress, pretrained
+        self.eval_every = config.run.eval_every or data.sampler.steps_per_epoch
         self.window = Window(progress)
         self._last: tuple[int, Predictions] | None = None
         self._end_of_step: torch.cuda.Event | None = None
@@ -78,13 +56,13 @@ class Trainer:
     # ----- the story -----
 
     def run(self) -> None:
-        """Train from where `progress` stands to `max_steps`.
+        """Train from the step that `progress` has reached to `max_steps`.
 
         Raises:
             StoppedError: after a signal, when the step is done and saved.
             TrainingError: when losses, gradients or scores are not finite for too long.
         """
-        with runtime.watch().heeding_signals():
+        with runtime.watch().signals.handled():
             self._run()
 
     def _run(self) -> None:
@@ -94,20 +72,19 @@ class Trainer:
         self.engine.module.train()
         if self.progress.step == 0:
             runtime.doing("first selection")
-            self.layers.first(self._micro_batches(0))
-            self.window.forget_batches()  # those were not trained on
+            self.layers.first(self.data.batches(0))
         elif self.progress.best is None and self.progress.best_step:  # resumed where the best weights are elsewhere
             self._evaluate_and_save()
-        while self.progress.step < self.max_steps and not self.progress.stopped:
+        while self.progress.step < self.data.max_steps and not self.progress.stopped:
             batches = self._train_step()
             step = self.progress.step
             if self.layers.is_due(step):
-                self._settle()
+                self._count_applied_steps()
                 runtime.doing(f"selection after step {step}")
                 self.layers.select(batches)
-            if step % self.config.run.log_every == 0 or step == self.max_steps:
+            if step % self.config.run.log_every == 0 or step == self.data.max_steps:
                 self._log()
-            if step % self.eval_every == 0 or step == self.max_steps:
+            if step % self.eval_every == 0 or step == self.data.max_steps:
                 self._evaluate_and_save()
             elif self.config.run.save_every and step % self.config.run.save_every == 0:
                 self._save(best=False)
@@ -116,9 +93,9 @@ class Trainer:
             self._stopped_early()
 
     def _heed_signals(self) -> None:
-        """End here, saved, when a rank was told to; nothing to do when training is over anyway."""
+        """Save and end here if a rank got a signal; nothing to do when training is over anyway."""
         step = self.progress.step
-        number = runtime.watch().stops_after(step, self._await_step_before())
+        number = runtime.watch().signals.stops_after(step, self._await_step_before())
         if number is None or self._is_over():
             return
         if self._saved_step != step:
@@ -131,7 +108,7 @@ class Trainer:
         On a GPU the host may run ahead of what other ranks have begun, and signals need a bound for that. The last
         step is being computed meanwhile.
         """
-        if self.device.type != "cuda":
+        if self.data.device.type != "cuda":
             return 0
         before, self._end_of_step = self._end_of_step, torch.cuda.Event()
         self._end_of_step.record()
@@ -151,11 +128,13 @@ class Trainer:
         """One global batch: this rank's micro-batches, then the update. Returns the micro-batches."""
         step = self.progress.step
         rate = self._learning_rate(step)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.data.device)
         batches = []
-        per_batch = sum(map(len, self.plan.step(step))) / self.plan.micro_batches  # examples of all ranks, on average
+        lengths = self.data.lengths(step)
+        per_batch = sum(map(len, lengths)) / len(lengths)  # examples of all ranks, on average
         runtime.doing(f"batch of step {step + 1}")
-        for batch in self._micro_batches(step):
+        self.window.count(lengths)
+        for batch in self.data.batches(step):
             examples, tokens = batch["input_ids"].shape
             runtime.doing(f"gradients of step {step + 1}, a micro-batch of {examples} x {tokens} tokens")
             weight = examples / per_batch
@@ -166,30 +145,30 @@ class Trainer:
             self.engine.step(rate)
         self.progress.step = step + 1
         mean = total / self.engine.accumulation_steps
-        self.window.add(Done(self.progress.step, self.engine.selected, self.engine.applied, mean))
+        self.window.add(CompletedStep(self.progress.step, self.engine.selected, self.engine.applied, mean))
         self.tracker.advance(self.progress.step)
         return batches
 
     def _learning_rate(self, step: int) -> float:
-        """Of the optimizer step `step`, counted from 0."""
+        """Learning rate of optimizer step `step`, counted from 0."""
         optim = self.config.optim
         return learning_rate(
             step,
             peak=optim.lr,
-            warmup_steps=optim.warmup_steps,
-            max_steps=self.max_steps,
+            warmup_steps=warmup_length(optim, self.data.max_steps),
+            max_steps=self.data.max_steps,
             schedule=optim.schedule,
         )
 
-    def _settle(self) -> None:
-        """Count the steps since the last call. Before anything that is written, chosen or told about them.
+    def _count_applied_steps(self) -> None:
+        """Count the steps since the last call, before anything about them is written, chosen or reported.
 
         Not after each step: the host would wait for the device, which meanwhile could have begun the next.
 
         Raises:
             TrainingError: after too many skipped steps in a row.
         """
-        for step in self.window.settle():
+        for step in self.window.count_applied_steps():
             in_a_row = self.progress.skipped_in_a_row
             self.tracker.say(
                 f"step {step} is skipped: its loss or gradients are not finite "
@@ -208,10 +187,8 @@ class Trainer:
             TrainingError: names step, examples, and where the first such number arose.
         """
         runtime.doing(f"search for what is not finite in step {step}")
-        plan = self.plan.step(step - 1)[runtime.rank() :: runtime.launched_world_size()]
-        ids = [[self.corpus.splits["train"][i].id for i in positions] for positions in plan]
-        origins = [find_origin(self.engine, batch) for batch in self._micro_batches(step - 1)]
-        mine = [(origin, names) for origin, names in zip(origins, ids) if origin is not None]
+        origins = [find_origin(self.engine, batch) for batch in self.data.batches(step - 1)]
+        mine = [(origin, names) for origin, names in zip(origins, self.data.ids(step - 1)) if origin is not None]
         found = [entry for entries in runtime.all_gather_object(mine) for entry in entries]
         where = "; ".join(f"{origin}, in a batch of the examples {', '.join(names)}" for origin, names in found)
         raise TrainingError(
@@ -221,29 +198,12 @@ class Trainer:
             "model.dtype float32"
         )
 
-    def _micro_batches(self, step: int):
-        """This rank's micro-batches of a step as tensors on the device, each with its own dropout seed."""
-        rank, world = runtime.rank(), runtime.launched_world_size()
-        examples = self.corpus.splits["train"]
-        plan = self.plan.step(step)
-        for positions in plan:
-            self.window.count([self.plan.lengths[i] for i in positions])
-        for number in range(rank, len(plan), world):
-            # Seeded by place in the plan, not by rank: any split over ranks draws the same dropout.
-            torch.manual_seed(runtime.derived_seed(self.config.run.seed, "micro-batch", step, number))
-            yield collate(
-                [self.encoded["train"][i] for i in plan[number]],
-                self.pad_token_id,
-                [examples[i].label for i in plan[number]],
-                self.device,
-            )
-
     # ----- records -----
 
     def _log(self) -> None:
         """Reduce and record the losses since the last line. Collective."""
         runtime.doing(f"log line of step {self.progress.step}")
-        self._settle()
+        self._count_applied_steps()
         self.window.drain()
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
@@ -267,7 +227,7 @@ class Trainer:
         self.tracker.memory(
             {
                 "step": step,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "peak_memory_bytes": peak_memory_bytes(self.data.device),
                 "optimizer_state_bytes": self.engine.optimizer_state_bytes(),
                 "parked_state_bytes": self.engine.parked_bytes(),
             }
@@ -278,27 +238,21 @@ class Trainer:
     def predict(self, split: str) -> Predictions:
         """Logits of a split with the weights as they are. Collective."""
         self.engine.module.eval()
-        predictions = predict(
-            lambda batch: self.engine.module(**batch).logits,
-            self.encoded[split],
-            [example.label for example in self.corpus.splits[split]],
-            len(self.corpus.labels),
-            batch_size=self.evaluation_batch,
-            tokens=self.evaluation_tokens,
-            pad_token_id=self.pad_token_id,
-            device=self.device,
-        )
+        predictions = self.data.evaluation(split, lambda batch: self.engine.module(**batch).logits)
         self.engine.module.train()
         return predictions
 
     def _evaluate_and_save(self) -> None:
-        self._settle()
-        tokens, step = self.evaluation_tokens, self.progress.step
-        size = f"{self.evaluation_batch} examples" if tokens is None else f"{tokens} tokens"
+        self._count_applied_steps()
+        tokens, step = self.data.evaluation_tokens, self.progress.step
+        size = f"{self.data.evaluation_batch} examples" if tokens is None else f"{tokens} tokens"
         runtime.doing(f"evaluation after step {step}, in batches of {size}")
         predictions = self.predict("dev")
-        values = metrics(predictions, self.corpus.labels)
+        values = metrics(predictions, self.data.corpus.labels)
         self._last = (self.progress.step, predictions)
+        collapsed = collapse(predictions, self.data.corpus.labels, self.config)
+        if collapsed is not None:
+            self.tracker.say(f"step {step}: {collapsed}")
         self.tracker.evaluation(self.progress.step, "dev", values, predictions.labels, predictions.probabilities)
         value = values[self.config.run.best_metric] * (-1 if self.config.run.best_metric == "loss" else 1)
         best = self.progress.best is None or value > self.progress.best
@@ -313,12 +267,12 @@ class Trainer:
         self._mark = time.perf_counter()  # speed is that of training
 
     def _is_over(self) -> bool:
-        return self.progress.stopped or self.progress.step == self.max_steps
+        return self.progress.stopped or self.progress.step == self.data.max_steps
 
     def _save(self, *, best: bool) -> None:
         """Write a checkpoint. Collective."""
         runtime.doing(f"checkpoint of step {self.progress.step}")
-        self._settle()
+        self._count_applied_steps()
         self.window.drain()  # the losses since the last log line are kept
         trainable = self.engine.trainable(self._saved_layers())
         tensors, steps = self.engine.full_state()
@@ -327,9 +281,9 @@ class Trainer:
                 state = {
                     "progress": vars(self.progress),
                     "selected": self.engine.selected,
-                    "chooser": self.chooser.state_dict(),
+                    "chooser": self.layers.chooser.state_dict(),
                     "adam_steps": steps,
-                    "run": self.identity,
+                    "run": self.checkpoints.identity,
                     "versions": versions(),
                 }
                 self.checkpoints.save(self.progress.step, trainable, tensors, state, best=best)
@@ -337,14 +291,15 @@ class Trainer:
 
     def _saved_layers(self) -> list[int] | None:
         """Layers whose weights a checkpoint needs: of a model's own weights, only those that ever trained."""
-        if not self.engine.table.pretrained:
+        if not self.engine.traits.pretrained:
             return None
         return [layer for layer, steps in enumerate(self.progress.trained_steps) if steps]
 
-    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+    def restore(self, resumed: ResumePoint) -> None:
         """Take over selection, chooser and optimizer state; adapters are already in the model."""
-        self.chooser.load_state_dict(state["chooser"])
-        self.engine.table.idle.has_trained([n for n, steps in enumerate(self.progress.trained_steps) if steps])
+        folder, state = resumed.folder, resumed.state
+        self.layers.chooser.load_state_dict(state["chooser"])
+        self.engine.idle.has_trained([n for n, steps in enumerate(self.progress.trained_steps) if steps])
         self.engine.reselect(state["selected"])
         self.engine.load_full_state(read_tensors(folder, OPTIMIZER), state["adam_steps"])
 
@@ -359,24 +314,24 @@ class Trainer:
             self.engine.load_trainable(weights)
             self._last = (self.progress.best_step, self.predict("dev"))
         predictions = {"dev": self._last[1]}
-        if "test" in self.corpus.splits:
+        if "test" in self.data.corpus.splits:
             predictions["test"] = self.predict("test")
-        results = {split: metrics(values, self.corpus.labels) for split, values in predictions.items()}
+        results = {split: metrics(values, self.data.corpus.labels) for split, values in predictions.items()}
         if "test" in results:
             seen = predictions["test"]
             self.tracker.evaluation(self.progress.best_step, "test", results["test"], seen.labels, seen.probabilities)
         with runtime.shared_errors(), writing(folder):
             for split, values in predictions.items() if runtime.rank() == 0 else ():
                 name = "predictions.jsonl" if split == "dev" else f"predictions_{split}.jsonl"
-                examples = self.corpus.splits[split]
+                examples = self.data.corpus.splits[split]
                 write_predictions(
                     folder / name,
                     [example.id for example in examples],
                     [example.label for example in examples],
                     values.probabilities,
-                    self.corpus.labels,
+                    self.data.corpus.labels,
                 )
             self.engine.save_adapter(
-                folder / "adapter", self.config.adapter, list(self.corpus.labels), self._saved_layers()
+                folder / "adapter", self.config.adapter, list(self.data.corpus.labels), self._saved_layers()
             )
         return results

@@ -40,8 +40,8 @@ FORWARDED = re.compile(
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSWORD")
 NOT_FOUND = {
     97: "there is no folder {folder}",
-    98: "there is no {python}; the environment must stand at the same place on every host (bash launch/setup.sh)",
-    99: "there is no {root}/launch; irtune must stand at the same place on every host",
+    98: "there is no {python}; the environment must be at the same place on every host (bash launch/setup.sh)",
+    99: "there is no {root}/launch; irtune must be at the same place on every host",
 }
 
 
@@ -65,7 +65,7 @@ def read_hostfile(path: str) -> dict[str, int]:
                 f"{path}, line {number} is {line[:80]!r}; accepted: HOST slots=RANKS, such as node1 slots=8"
             )
         elif match is not None and match[1] in hosts:
-            problems.append(f"{path}, line {number}: {match[1]} stands there twice")
+            problems.append(f"{path}, line {number}: {match[1]} appears twice")
         elif match is not None:
             hosts[match[1]] = int(match[2])
     if not hosts and not problems:
@@ -99,7 +99,7 @@ class Job:
         if self.launcher not in ("ssh", "pdsh"):
             problems.append(f"LAUNCHER is {self.launcher!r}; accepted: ssh, pdsh")
         if self.launcher == "pdsh" and shutil.which("pdsh") is None:
-            problems.append("LAUNCHER is pdsh, which is not installed; leave it out to use ssh")
+            problems.append("LAUNCHER is pdsh, which is not installed; unset it to use ssh")
         if not (port.isdecimal() and 0 < int(port) < 2**16):
             problems.append(f"PORT is {port!r}; accepted: 1 to 65535")
         if problems:
@@ -138,7 +138,7 @@ class Job:
         problems = [answer for answer in answers if isinstance(answer, str)]
         good = {host: answer for host, answer in zip(self.hosts, answers) if isinstance(answer, dict)}
         facts = [
-            node_facts.Facts(node=host, versions=answer["versions"], digest="", clock=answer["clock"],
+            node_facts.NodeFacts(node=host, versions=answer["versions"], digest="", clock=answer["clock"],
                           options=answer["options"])
             for host, answer in good.items()
         ]  # fmt: skip

@@ -77,7 +77,7 @@ def show_failures(command: Sequence[str], since: float, folder: str | None = Non
         ended = any(" END " in line for line in lines)
         failed = any(" ERROR " in line for line in lines)
         if failed or not ended:
-            how = "ended with an error" if failed else "ended without a word (killed?)"
+            how = "ended with an error" if failed else "ended without a message (killed?)"
             say(f"== {file}: this rank {how}; its last lines:")
             say("\n".join(f"   {line}" for line in lines[-LAST_LINES:]))
 

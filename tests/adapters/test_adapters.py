@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from irtune.adapters import load_adapter, remember_origins, suppressed, write_adapter
+from irtune.adapters import Suppression, load_adapter, write_adapter
 from irtune.adapters.build import add_adapters
 from irtune.config import AdapterConfig, Config, ModelConfig, TuningConfig, load_config
 from irtune.config.checks import check_config
@@ -27,11 +27,12 @@ def model_and_table(llama):
 def test_suppressed_adapters_act_less_and_come_back_bit_for_bit(model_and_table):
     model, table = model_and_table
     batch = {"input_ids": torch.arange(4, 16).reshape(2, 6)}
+    suppression = Suppression(table)
     with torch.no_grad():
         before = model(**batch).logits
-        with suppressed(table, [1, 3]):
+        with suppression.suppressed([1, 3]):
             during = model(**batch).logits
-        with suppressed(table, [1, 3], factor=1.0):
+        with suppression.suppressed([1, 3], factor=1.0):
             same = model(**batch).logits
         after = model(**batch).logits
     assert not torch.equal(before, during)
@@ -45,7 +46,7 @@ def test_scaling_comes_back_when_an_exception_flies(model_and_table):
     before = dict(module.scaling)
 
     def fail():
-        with suppressed(table, [2]):
+        with Suppression(table).suppressed([2]):
             assert module.scaling["default"] == before["default"] * 0.25
             raise RuntimeError("in the middle")
 
@@ -159,7 +160,7 @@ def test_peft_reproduces_the_logits(llama, tmp_path, name):
 )
 def test_every_type_in_layers_can_be_suppressed_and_comes_back(llama, name):
     model, table, _, batch, _ = build(llama, name)
-    remember_origins(table)
+    suppression = Suppression(table)
     with torch.no_grad():
         first = model(**batch).logits
     for layer in table.layers:
@@ -169,9 +170,9 @@ def test_every_type_in_layers_can_be_suppressed_and_comes_back(llama, name):
     before = {full: parameter.detach().clone() for full, parameter in table.all()}
     with torch.no_grad():
         moved = model(**batch).logits
-        with suppressed(table, [1, 2, 3, 4, 5], factor=0.25):
+        with suppression.suppressed([1, 2, 3, 4, 5], factor=0.25):
             during = model(**batch).logits
-        with suppressed(table, range(6), factor=0.0):
+        with suppression.suppressed(range(6), factor=0.0):
             off = model(**batch).logits
         after = model(**batch).logits
     assert not torch.equal(during, moved)
@@ -211,7 +212,7 @@ def test_unknown_types_and_impossible_combinations_are_refused():
     assert "did you mean bottleneck" in said and "ltuning-prefix" in said
     for kind in ("prompt", "ltuning-prompt"):
         config = Config(adapter=AdapterConfig(type=kind), tuning=TuningConfig(method="ir"))
-        assert any("not in layers" in line and "use full" in line for line in check_config(config))
+        assert any("not in layers: it needs tuning.method full, not ir" in line for line in check_config(config))
         assert load_config([f"--adapter.type={kind}", "--data.path=x"]).tuning.method == "full"
     own = Config(adapter=AdapterConfig(type="none"), model=ModelConfig(dtype="bfloat16"))
     assert any("adapter.dtype to model" in line for line in check_config(own))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from irtune.adapters import load_adapter, remember_origins, suppressed, write_adapter
+from irtune.adapters import Suppression, load_adapter, write_adapter
 from irtune.adapters.build import add_adapters
 from irtune.config import AdapterConfig
 from irtune.models.quantization import dequantize, is_quantized
@@ -58,10 +58,10 @@ def test_types_start_right_learn_everywhere_and_come_back(request, tmp_path, arc
     with torch.no_grad():
         first = model.eval()(**batch).logits
     assert (name in SILENT) == torch.allclose(first, plain, atol=1e-4)
-    remember_origins(table)
+    suppression = Suppression(table)
     for full, parameter in (named for layer in table.layers for named in layer):
         stir(full, parameter)
-    with torch.no_grad(), suppressed(table, range(LAYERS), factor=0.0):
+    with torch.no_grad(), suppression.suppressed(range(LAYERS), factor=0.0):
         assert torch.allclose(model(**batch).logits, first, atol=1e-5)
     for full, parameter in table.head:
         stir(full, parameter)

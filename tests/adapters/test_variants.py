@@ -117,8 +117,15 @@ def watched(request, llama, corpus, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", VARIANTS, ids=lambda name: name.replace(" ", "-"))
-@pytest.mark.parametrize("stage", [2, 3])
+# Steps of ZeRO 3 take seconds: one variant is always tried, and all of them where slow tests are asked for.
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        pytest.param(name, stage, marks=[pytest.mark.slow] if stage == 3 and name != "bf16 adapters" else [])
+        for stage, name in itertools.product((2, 3), VARIANTS)
+    ],
+    ids=lambda value: str(value).replace(" ", "-"),
+)
 def test_variants_train(watched, name, stage):
     config, (first, second), folder = watched("test_variants_train", name, stage, VARIANTS.get)
     masters = config.adapter.dtype == "model" and config.model.dtype != "float32"
@@ -155,9 +162,16 @@ def of_type(name):
     return {"adapter__type": name.split()[0]} | TYPES[name]
 
 
+TYPES_AND_STAGES = [*itertools.product(TYPES, (2, 3)), *itertools.product(("none", "none in bf16"), (0, 1))]
+QUICK_ENOUGH = [("bottleneck", 3), ("none", 3), ("none", 0)]  # beside ZeRO 2
+
+
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [*itertools.product(TYPES, (2, 3)), ("none", 0), ("none", 1), ("none in bf16", 0), ("none in bf16", 1)],
+    [
+        pytest.param(name, stage, marks=[pytest.mark.slow] if stage != 2 and (name, stage) not in QUICK_ENOUGH else [])
+        for name, stage in TYPES_AND_STAGES
+    ],
     ids=lambda value: str(value).replace(" ", "-"),
 )
 def test_types_of_adapters_train(watched, name, stage):
@@ -174,8 +188,10 @@ def test_types_of_adapters_train(watched, name, stage):
         assert all(0 not in stretch["selected"] for stretch in first)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "ltuning-prompt"])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [("prompt", 2), ("ltuning-prompt", 2), ("prompt", 3), pytest.param("ltuning-prompt", 3, marks=pytest.mark.slow)],
+)
 def test_types_outside_the_layers_train(llama, corpus, tmp_path, kind, stage):
     config = tiny_config(llama, corpus, tmp_path / "run", stage, adapter__type=kind, adapter__num_tokens=3)
     folder = launch(config, 2)

@@ -1,4 +1,4 @@
-"""docs/scaling.md says what benchmarks/scaling.py computes, and docs/launching.md what benchmarks/nodes.py measured."""
+"""benchmarks/README.md says what benchmarks/scaling.py computes and what benchmarks/nodes.py measured."""
 
 import json
 
@@ -10,13 +10,12 @@ from irtune.memory import count
 from tests.support import ROOT
 
 pytestmark = pytest.mark.quick
+PAGE = ROOT / "benchmarks/README.md"
 
 
 def test_the_page_has_the_table():
     table = "\n".join(scaling.rows())
-    assert table in (ROOT / "docs/scaling.md").read_text(encoding="utf-8"), (
-        "out of date; run: python benchmarks/scaling.py"
-    )
+    assert table in PAGE.read_text(encoding="utf-8"), "out of date; run: python benchmarks/scaling.py"
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -43,7 +42,7 @@ def test_times_by_hand():
 
 def test_the_figures_of_two_nodes_are_those_that_were_measured():
     rows = json.loads((ROOT / "benchmarks/results/nodes-cpu.json").read_text(encoding="utf-8"))["cases"]
-    text = (ROOT / "docs/launching.md").read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     for table in nodes.table(rows).split("\n\n"):
         assert table in text
     assert "DIFFERENT" not in text

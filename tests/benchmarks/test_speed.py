@@ -179,6 +179,7 @@ def quick(tmp_path_factory):
     return result, file.with_suffix(".png")
 
 
+@pytest.mark.slow
 def test_all_sides_ran_on_as_many_examples(quick):
     result, _ = quick
     sides = result["sides"]
@@ -198,6 +199,7 @@ def test_all_sides_ran_on_as_many_examples(quick):
     assert sides["f"]["rounds"][0]["tokens"] == sides["a"]["rounds"][0]["tokens"]
 
 
+@pytest.mark.slow
 def test_the_bare_loop_sees_the_same_batches_and_losses(quick):
     sides = quick[0]["sides"]
     for ours, bare in zip(sides["b"]["rounds"], sides["e"]["rounds"]):
@@ -211,6 +213,7 @@ def test_the_bare_loop_sees_the_same_batches_and_losses(quick):
     assert all(0 < len(layers) < 6 for layers in sides["a"]["rounds"][0]["selected"])
 
 
+@pytest.mark.slow
 def test_the_file_has_every_figure(quick):
     result, picture = quick
     assert set(result["ratios"]) == set(speed_report.PAIRS)
@@ -238,6 +241,7 @@ def test_the_file_has_every_figure(quick):
     assert f"| a: irtune ir | {result['sides']['a']['examples_per_second']:.2f} |" in table and "| a/c |" in table
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work(tmp_path):
     options = ("--ranks", "2", "--sides", "bce", "--rounds", "1", "--one-at-a-time")
     result, command = run_here(tmp_path / "two.json", *options)

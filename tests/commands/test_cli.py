@@ -51,7 +51,10 @@ def arguments(llama, corpus, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["python", *(pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("torchrun", "deepspeed"))],
+)
 def test_every_launcher_starts_it(llama, corpus, tmp_path, launcher):
     scripts = Path(sys.executable).parent
     start_with = {
@@ -65,6 +68,7 @@ def test_every_launcher_starts_it(llama, corpus, tmp_path, launcher):
     assert (tmp_path / "run/results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_hub_model_in_the_cache_works_with_the_network_off(llama, corpus, tmp_path):
     snapshot = tmp_path / "cache/hub/models--nobody--tiny/snapshots/0123456789"
     shutil.copytree(llama, snapshot)

@@ -34,7 +34,7 @@ def test_what_is_wrong_is_said(capsys, monkeypatch):
     assert "problem: GLOO_SOCKET_IFNAME is 'nowhere0', but the interfaces that are up are " in out
     assert "problem: deepspeed is 0.0.1, and requirements.txt wants ==0.19.8" in out
     assert cli.main(["doctor", "--ranks", "0"]) == 2
-    assert "--ranks is 0; accepted: 1 to 1024" in capsys.readouterr().err
+    assert "--ranks: '0'; accepted: a whole number from 1 to 1,024" in capsys.readouterr().err
 
 
 def test_it_measures_between_ranks():

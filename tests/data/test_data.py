@@ -7,12 +7,13 @@ from pathlib import Path
 import openpyxl
 import pandas
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from irtune.config import DataConfig
-from irtune.data import BatchPlan, Encoder, Example, collate, evaluation_batches, read_corpus
+from irtune.config import DataConfig, load_config
+from irtune.data import BatchSampler, Encoder, Example, collate, evaluation_batches, padded_lengths, read_corpus
 from irtune.data.prompts import shorten
 from irtune.data.synthetic import INTENTIONS, synthetic_pairs
 from irtune.errors import ConfigError, DataError
@@ -99,14 +100,14 @@ BAD = {
         r"row 1, column 'before': expected text, not the int 3",
     ),
     "list as text": ([{"before": [], "after": "a", "label": "x"}], {}, r"expected text, not the list"),
-    "null label": ([{"before": "a", "after": "a", "label": None}], {}, r"row 1, column 'label': None is no label"),
+    "null label": ([{"before": "a", "after": "a", "label": None}], {}, r"row 1, column 'label': None is not a label"),
     "all dropped": (ROWS, {"drop_labels": ["x", "y"]}, r"no rows are left without the labels"),
     "missing key": (
         [ROWS[0], {"befor": "a", "after": "b", "label": "x"}],
         {},
         r"row 2: no column 'before', which other",
     ),
-    "same id": ([{**row, "id": 1} for row in ROWS], {}, r"id '1' in column 'id' stands twice"),
+    "same id": ([{**row, "id": 1} for row in ROWS], {}, r"id '1' in column 'id' appears twice"),
 }
 
 
@@ -122,7 +123,8 @@ def test_bad_rows_are_named(tmp_path, case):
 def test_a_label_that_only_stands_in_dev(tmp_path):
     write(tmp_path, "train.jsonl", ROWS)
     write(tmp_path, "dev.jsonl", [{"before": "a", "after": "b", "label": "w"}])
-    with pytest.raises(DataError, match=r"dev.jsonl: label 'w' stands 1 times in dev but never in the training split"):
+    said = r"dev.jsonl: label 'w' occurs 1 time\(s\) in dev but never in the training split"
+    with pytest.raises(DataError, match=said):
         read_corpus(DataConfig(path=str(tmp_path)))
 
 
@@ -134,8 +136,8 @@ FILES = {
     "corrupt xlsx": ("train.xlsx", b"PK\x03\x04 nonsense", r"cannot be read as xlsx"),
     "corrupt parquet": ("train.parquet", b"PAR1", r"cannot be read as parquet"),
     "open quote": ("train.tsv", b'before\tafter\tlabel\n"a\tb\tx\nc\td\ty\n"e\tf\tx\n', r"row 2|cannot be read as tsv"),
-    "open cell": ("train.tsv", b'before\tafter\tlabel\n"a\n\tb"\tc\tx\n', r"row 2: a cell goes on over the end"),
-    "ragged csv": ("train.csv", b"before,after,label\na,b\n", r"row 2: has not 3 cells"),
+    "open cell": ("train.tsv", b'before\tafter\tlabel\n"a\n\tb"\tc\tx\n', r"row 2: a cell runs past the end"),
+    "ragged csv": ("train.csv", b"before,after,label\na,b\n", r"row 2: does not have 3 cells"),
 }
 
 
@@ -278,7 +280,7 @@ def test_an_example_without_any_token_is_named(llama):
 
 def test_the_plan_does_not_depend_on_the_split_over_ranks():
     lengths = [(7 * i) % 31 + 3 for i in range(101)]
-    plan = BatchPlan(lengths, micro_batch_size=4, micro_batches=4, seed=5)
+    plan = BatchSampler(lengths, micro_batch_size=4, micro_batches=4, seed=5)
     for world, accumulation in ((1, 4), (2, 2), (4, 1)):
         for step in (0, 3, 7):
             mine = [[plan.step(step)[g * world + rank] for g in range(accumulation)] for rank in range(world)]
@@ -288,7 +290,7 @@ def test_the_plan_does_not_depend_on_the_split_over_ranks():
 
 @given(st.lists(st.integers(1, 300), min_size=16, max_size=200), st.integers(0, 5))
 def test_an_epoch_shows_each_example_at_most_once(lengths, seed):
-    plan = BatchPlan(lengths, micro_batch_size=3, micro_batches=2, seed=seed)
+    plan = BatchSampler(lengths, micro_batch_size=3, micro_batches=2, seed=seed)
     for epoch in (0, 1):
         first = epoch * plan.steps_per_epoch
         seen = [i for step in range(first, first + plan.steps_per_epoch) for batch in plan.step(step) for i in batch]
@@ -298,7 +300,7 @@ def test_an_epoch_shows_each_example_at_most_once(lengths, seed):
 
 def test_batches_are_bucketed_by_length():
     lengths = [(i * 37) % 200 + 1 for i in range(1000)]
-    plan = BatchPlan(lengths, micro_batch_size=8, micro_batches=2, seed=0)
+    plan = BatchSampler(lengths, micro_batch_size=8, micro_batches=2, seed=0)
     batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.step(step)]
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
     real = sum(lengths[i] for batch in batches for i in batch)
@@ -309,21 +311,21 @@ def test_batches_are_bucketed_by_length():
     st.lists(st.integers(1, 60), min_size=4, max_size=200), st.integers(60, 300), st.integers(1, 4), st.integers(0, 5)
 )
 def test_micro_batches_by_tokens_keep_to_them_and_show_each_example_once(lengths, tokens, micro_batches, seed):
-    plan = BatchPlan(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
+    plan = BatchSampler(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
     steps = [plan.step(step) for step in range(2 * plan.steps_per_epoch + 3)]
     assert all(len(step) == micro_batches and all(step) for step in steps)
     for batch in (batch for step in steps for batch in step):
         assert max(lengths[i] for i in batch) * len(batch) <= tokens
     first = [i for step in steps[: plan.steps_per_epoch] for batch in step for i in batch]
     assert len(first) == len(set(first)) == plan.examples(plan.steps_per_epoch)
-    again = BatchPlan(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
+    again = BatchSampler(lengths, 8, micro_batches, seed, bucket=3, tokens=tokens)
     order = random.Random(seed).sample(range(len(steps)), len(steps))  # as after a resumption, in any order
     assert [again.step(step) for step in order] == [steps[step] for step in order]
 
 
 def test_micro_batches_by_tokens_are_equal_work():
     lengths = [(i * 37) % 200 + 1 for i in range(2000)]
-    plan = BatchPlan(lengths, 8, micro_batches=4, seed=0, tokens=2048)
+    plan = BatchSampler(lengths, 8, micro_batches=4, seed=0, tokens=2048)
     batches = [batch for step in range(plan.steps_per_epoch) for batch in plan.step(step)]
     padded = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
     assert sorted(padded)[1] > 0.85 * 2048  # but for the last one; with 8 examples each: from 8 to 1,600
@@ -335,7 +337,7 @@ def test_micro_batches_by_tokens_are_equal_work():
 
 def test_in_a_small_corpus_every_example_has_its_turn_and_meets_others():
     lengths = [10 * (i // 5) + 10 for i in range(60)]
-    plan = BatchPlan(lengths, 8, micro_batches=13, seed=0, tokens=240)  # one bucket; fewer than 2 x 13 micro-batches
+    plan = BatchSampler(lengths, 8, micro_batches=13, seed=0, tokens=240)  # one bucket; fewer than 2 x 13 micro-batches
     assert plan.steps_per_epoch == 1
     epochs = [[tuple(batch) for batch in plan.step(step)] for step in range(40)]
     assert {i for epoch in epochs for batch in epoch for i in batch} == set(range(60))
@@ -353,15 +355,15 @@ def test_evaluation_by_tokens_shows_each_example_once(lengths, tokens, world):
 
 
 def test_few_examples_still_make_a_micro_batch_for_each_rank():
-    plan = BatchPlan([5] * 6, 8, micro_batches=4, seed=0, tokens=64)
+    plan = BatchSampler([5] * 6, 8, micro_batches=4, seed=0, tokens=64)
     assert [len(plan.step(step)) for step in range(3)] == [4, 4, 4] and plan.steps_per_epoch == 1
     with pytest.raises(ConfigError, match="4 micro-batches per step are more than the 3 examples"):
-        BatchPlan([5] * 3, 8, micro_batches=4, seed=0, tokens=64)
+        BatchSampler([5] * 3, 8, micro_batches=4, seed=0, tokens=64)
 
 
 def test_a_batch_larger_than_the_corpus_is_refused():
     with pytest.raises(ConfigError, match=r"global batch of 32 examples .* larger than the training split of 31"):
-        BatchPlan([5] * 31, 8, 4, 0)
+        BatchSampler([5] * 31, 8, 4, 0)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 9), st.integers(1, 5))
@@ -376,6 +378,19 @@ def test_collate_pads_on_the_right():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [1, 0]
+
+
+def test_on_cpus_in_bf16_batches_have_few_lengths():
+    cpu, wanted = torch.device("cpu"), {1: 32, 32: 32, 33: 64, 95: 96, 97: 100, 100: 100}
+    config = load_config(["--data.path=x", "--data.max_length=100"])
+    lengths = padded_lengths(config, cpu)
+    assert {length: lengths.at_least(length) for length in wanted} == wanted
+    batch = collate([{"input_ids": [5] * 33, "edit_mask": [1] * 33}], 9, lengths=lengths)
+    assert batch["input_ids"].shape == (1, 64) and batch["attention_mask"].sum() == batch["edit_mask"].sum() == 33
+    assert batch["attention_mask"].padded
+    assert padded_lengths(config, torch.device("cuda")) is None
+    for other in ("--model.dtype=float32", "--optim.micro_batch_tokens=200"):
+        assert padded_lengths(load_config(["--data.path=x", "--data.max_length=100", other]), cpu) is None
 
 
 def test_the_synthetic_corpus_is_seeded_and_has_five_intentions():

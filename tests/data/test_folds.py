@@ -1,6 +1,7 @@
 """Development splits that a corpus does not bring, and early stopping."""
 
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from irtune.config import Config, DataConfig, RunConfig
 from irtune.config.checks import check_config
 from irtune.data import read_corpus
-from irtune.data.corpus import fold_of
+from irtune.data.held_out import draw_share, fold_of
 from irtune.errors import DataError
 from tests.support.ranks import run_ranks
 from tests.support.runs import records, train
@@ -38,6 +39,55 @@ def test_a_dev_split_keeps_documents_whole_and_labels_in_proportion(tmp_path):
     assert read_corpus(data) == corpus  # seeded
     other = read_corpus(DataConfig(path=str(tmp_path), group="doc", dev_fraction=0.25, split_seed=1))
     assert {e.id for e in other.splits["dev"]} != {e.id for e in dev}
+
+
+@quick
+@pytest.mark.parametrize("share", [0.5, 0.4, 0.3, 0.25, 0.15, 0.1, 0.07, 0.01])
+def test_a_share_is_what_was_asked_for_to_within_a_row_of_each_label(tmp_path, share):
+    counts = {"a": 101, "b": 60, "c": 31, "d": 7, "once": 1}
+    rows = [{"before": f"{label} {i}", "after": "x", "label": label} for label in counts for i in range(counts[label])]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = read_corpus(DataConfig(path=str(tmp_path), dev_fraction=share))
+    dev = Counter(corpus.labels[example.label] for example in corpus.splits["dev"])
+    assert sum(dev.values()) == round(200 * share)
+    assert len(corpus.splits["train"]) == 200 - round(200 * share)
+    assert all(abs(dev[label] - share * count) < 1 for label, count in counts.items())
+    assert dev["once"] == 0  # it could not be learnt
+    assert corpus == read_corpus(DataConfig(path=str(tmp_path), dev_fraction=share))
+
+
+@quick
+@pytest.mark.parametrize("share", [0.4, 0.3, 0.15, 0.1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_with_documents_a_share_comes_as_near_as_they_allow(share, seed):
+    rng = random.Random(f"{share}/{seed}")
+    documents = [f"doc{i}" for i in range(60) for _ in range(rng.randint(1, 12))]
+    labels = [rng.choice("aaabbc") for _ in documents]
+    held_out, remark = draw_share(labels, documents, share, seed)
+    dev = {document for document, out in zip(documents, held_out) if out}
+    assert dev.isdisjoint(document for document, out in zip(documents, held_out) if not out)
+    counts, found = Counter(labels), Counter(label for label, out in zip(labels, held_out) if out)
+    assert all(abs(found[label] - share * count) < 1.5 for label, count in counts.items())
+    assert (remark is None) == all(abs(found[label] - share * count) < 1 for label, count in counts.items())
+    assert abs(sum(held_out) - share * len(labels)) <= 1
+
+
+@quick
+def test_documents_too_large_for_a_share_are_said(tmp_path, caplog):
+    corpus = read_corpus(DataConfig(path=str(write(tmp_path, documents=4, each=9)), group="doc", dev_fraction=0.4))
+    assert len(corpus.splits["dev"]) in (9, 18)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "data.dev_fraction 0.4 of 36 examples asks for 14; with documents kept whole, dev has" in said
+
+
+@quick
+def test_a_label_of_a_single_document_stays_in_training(tmp_path):
+    held_out, _ = draw_share(["x"] * 9 + ["rare"] * 3, [*"aabbccdde", *"fff"], 0.5, 0)
+    assert not any(held_out[9:]) and any(held_out)
+    rows = [{"before": "a", "after": "b", "label": label, "doc": label} for label in "xyxy"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="makes no dev split: no whole document can leave the training split"):
+        read_corpus(DataConfig(path=str(tmp_path), group="doc", dev_fraction=0.5))
 
 
 @quick

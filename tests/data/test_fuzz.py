@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from irtune.config import DataConfig, load_config, write_config
-from irtune.config.load import SECTIONS, known_keys
+from irtune.config.schema import declared_type, known_keys
 from irtune.data import read_corpus, read_table
 from irtune.data.readers.cells import as_label, as_name, as_text, check_looks
 from irtune.errors import ConfigError, DataError
@@ -183,9 +183,7 @@ def test_texts_and_ids_can_be_stored(value):
 
 def values(key: str) -> st.SearchStrategy[Any]:
     """Good and bad values of an option."""
-    section, _, field = key.rpartition(".")
-    declared = SECTIONS[section].__dataclass_fields__[field].type if section else str
-    choices = [choice for choice in get_args(declared) if isinstance(choice, str)]
+    choices = [choice for choice in get_args(declared_type(key)) if isinstance(choice, str)]
     numbers = st.integers(-2, 20) | st.floats(0, 1) | st.integers() | st.floats()
     return st.sampled_from(choices or ["x"]) | numbers | st.booleans() | st.none() | st.text(max_size=6) | JSON
 
@@ -250,12 +248,11 @@ def test_random_engine_files(content):
 @pytest.mark.parametrize("key", known_keys())
 def test_null_is_refused_where_it_is_no_value(key):
     section, _, field = key.rpartition(".")
-    declared = SECTIONS[section].__dataclass_fields__[field].type if section else str
     with folder() as place:
         recipe = place / "recipe.yaml"
         recipe.write_text(f"{section}: {{{field}: null}}\n" if section else f"{field}: null\n")
         _, error = attempt(lambda: load_config(["--config", str(recipe), "--data.path=x"]), ConfigError)
-    assert (type(None) in get_args(declared)) == (error is None)
+    assert (type(None) in get_args(declared_type(key))) == (error is None)
     assert error is None or f"{key}: takes" in str(error)
 
 

@@ -12,13 +12,15 @@ import torch
 
 from irtune.distributed import network, node_facts, runtime
 from irtune.distributed import node_checks as nodes
-from irtune.distributed.node_facts import Facts
+from irtune.distributed.node_facts import NodeFacts
 from irtune.errors import DistributedError, NodesError
 from tests.support.ranks import free_port, run_ranks
 from tests.support.runs import train
 from tests.support.tiny import save_corpus, tiny_config
 
-A = Facts(node="node 0 (a)", versions={"torch": "2", "irtune": "1"}, digest="x", clock=100.0, options={"optim.lr": "1"})
+A = NodeFacts(
+    node="node 0 (a)", versions={"torch": "2", "irtune": "1"}, digest="x", clock=100.0, options={"optim.lr": "1"}
+)
 B = dataclasses.replace(A, node="node 1 (b)")
 
 
@@ -40,7 +42,7 @@ def test_every_difference_is_named_with_its_nodes():
     assert first.startswith("optim.lr is 1 on node 0 (a), 2 on node 1 (b)")
     assert second.startswith("run.seed is missing on node 0 (a), 7 on node 1 (b)")
     assert node_facts.clock_difference([A, other]) == (
-        "the clock of node 1 (b) is 60 s ahead of that of node 0 (a); logs will not fit together"
+        "the clock of node 1 (b) is 60 s ahead of that of node 0 (a); logs will not line up"
     )
     many = dataclasses.replace(B, options={f"o{number}": "1" for number in range(30)})
     assert node_facts.unequal_options([A, many])[-1] == "23 other options differ between nodes as well"
@@ -150,7 +152,7 @@ def test_two_nodes_that_differ(llama, corpus, tmp_path):
     assert "optim.lr is 0.01 on node 0 (" in rate and "0.02 on node 1 (" in rate
     assert stage.startswith("DeepSpeed file: zero_optimization.stage is 1 on node 0 (")
     assert count.startswith("3 nodes were asked for, but there are 2: node 0 (")
-    assert "run.output_dir" in folder and "is not seen from node 1 (" in folder
+    assert "run.output_dir" in folder and "is not visible from node 1 (" in folder
     assert "errors in the nodes of this job" in version and "torch is 2." in version
     assert [name.split(" (")[0] for name in named] == ["node 0", "node 1"]
     assert not left + left_there, "the probe is gone, and nothing was written"

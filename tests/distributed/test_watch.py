@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irtune.distributed.heartbeat import Patience, Watch, _Line
+from irtune.distributed.heartbeat import Patience, StoreClient, Watch
 
 pytestmark = pytest.mark.quick
 
@@ -51,18 +51,18 @@ def refused(line):
 
 
 def test_a_request_without_an_answer_is_given_up():
-    assert 0.2 <= refused(_Line(DeadStore(), 0.2)) < 1
+    assert 0.2 <= refused(StoreClient(DeadStore(), 0.2)) < 1
 
 
 def test_a_closed_line_lets_nobody_wait():
-    line = _Line(DeadStore(), 60)
+    line = StoreClient(DeadStore(), 60)
     threading.Timer(0.2, line.close).start()
     assert refused(line) < 5
     assert refused(line) < 1
 
 
 def watch(store, rank, **options):
-    return Watch(store, rank, 2, timeout=8, **options)
+    return Watch(store, rank, 2, timeout=4, **options)
 
 
 def test_a_silent_rank_is_named_in_time_and_told_to_the_main_thread():
@@ -90,11 +90,11 @@ def test_all_ranks_end_after_the_same_step_though_hosts_run_ahead(behind, lead):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     told, ahead = watch(store, 0), watch(store, 1)
     try:
-        told.signal = signal.SIGTERM
+        told.signals.received = signal.SIGTERM
         ended = {}
         for step in range(4, 9):
             for name, rank, at in (("ahead", ahead, step + lead), ("told", told, step)):
-                if name not in ended and rank.stops_after(at, behind):
+                if name not in ended and rank.signals.stops_after(at, behind):
                     ended[name] = at
         assert ended == {"ahead": 5 + behind, "told": 5 + behind}
     finally:

@@ -12,12 +12,14 @@ PACKAGE = ROOT / "irtune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms from the ground up. A room imports only from rooms below its own, from itself, and from the package's top.
 FLOORS = (
-    "errors redaction",
+    "redaction",
+    "errors",
     "files",
     "config",
     "tracking",
     "data",
     "distributed",
+    "console",
     "models",
     "adapters",
     "evaluation",
@@ -26,7 +28,6 @@ FLOORS = (
     "memory",
     "commands",
     "train",
-    "console",
     "cli",
     "__main__",
 )

@@ -1,5 +1,5 @@
-"""Every command of README.md, CONTRIBUTING.md and docs/ is run here on a tiny model and corpus, or says what it needs,
-or is run by a test that is named here. No command escapes: one of an unknown kind fails.
+"""Every command of README.md, CONTRIBUTING.md, docs/ and benchmarks/ is run here on a tiny model and corpus, or says
+what it needs, or is run by a test that is named here. No command escapes: one of an unknown kind fails.
 
 A command is a line of a shell block, or an indented line that starts with the name of a program. What it needs stands
 in its comment (`# needs a GPU`, `# needs a hub`) or in the paragraph before its block.
@@ -23,14 +23,15 @@ from typing import NamedTuple
 import pytest
 
 from irtune import cli
-from irtune.commands.compare.command import parser as compare_options
+from irtune.commands.compare.command import command_options as compare_options
 from irtune.commands.compare.grid import build_grid, parse_corpora, parse_variants
 from irtune.config import load_config
 from irtune.data.synthetic import synthetic_pairs
 from tests.support import ROOT
 from tests.support.ranks import free_port, run_ranks
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 SHELLS = ("bash", "sh", "shell", "console")
 PROGRAM = r"(?:python3?|deepspeed|torchrun|bash|sbatch|source|pytest|pip|git|export|\.venv/bin/\w+)"
 STARTS_WITH_A_PROGRAM = re.compile(rf"\s*(?:\$ )?(?:\w+=\S* )*{PROGRAM} ")
@@ -124,7 +125,7 @@ $ deepspeed train.py
 
 def test_the_readme_has_commands_of_every_kind():
     readme = [command for command in COMMANDS if command.page == "README.md"]
-    assert len(readme) >= 15 and len(COMMANDS) >= 25
+    assert len(readme) >= 15 and len(COMMANDS) >= 35
     assert sum(command.needs for command in readme) <= 3  # the mark is for what cannot be run, not a way out
 
 
@@ -134,6 +135,8 @@ ELSEWHERE = {
     r"python -m irtune compare ": "tests/commands/test_compare.py::test_a_comparison_writes_table_numbers_and_picture",
     r"(IRTUNE_DATA=\S+ )?python -m benchmarks\.speed": "tests/benchmarks/test_speed.py::test_all_sides_ran_on_as_many_examples",  # noqa: E501
     r"python benchmarks/growth\.py": "tests/benchmarks/test_growth.py::test_a_point_of_each_kind_is_measured",
+    r"python benchmarks/nodes\.py": "tests/jobs/test_nodes.py::test_the_cable_carries_what_the_plan_says",
+    r"python benchmarks/scaling\.py": "tests/benchmarks/test_scaling.py::test_the_page_has_the_table",
     r"python -m irtune crossvalidate ": "tests/commands/test_commands.py::test_crossvalidation_holds_every_example_out_once",  # noqa: E501
     r"python -m irtune doctor$": "tests/commands/test_doctor.py::test_it_measures_between_ranks",
     r"(\w+=\S+ )*bash launch/multinode_deepspeed\.sh ": "tests/jobs/test_launch.py::test_two_hosts_train",
@@ -143,7 +146,7 @@ ELSEWHERE = {
     "test_a_slurm_job_ends_saved_and_is_queued_again_at_its_limit",
     r"(IRTUNE_KILLS=\d+ )?python -m pytest tests/jobs/test_kills\.py\b": "tests/jobs/test_kills.py",
     r"(IRTUNE_SOAK_STEPS=\d+ )?python -m pytest tests/jobs/test_soak\.py\b": "tests/jobs/test_soak.py",
-    r"python -m irtune\.config\.reference > docs/configuration\.md": "tests/documents/test_docs.py::"
+    r"python docs/make_configuration\.py > docs/configuration\.md": "tests/documents/test_docs.py::"
     "test_the_configuration_page_is_up_to_date",
     # Not tests, but what .ci/run starts after each change, with the real model.
     r"bash launch/quickstart\.sh": ".ci/run",
@@ -333,7 +336,16 @@ RUN: dict[str, Callable[[Workshop, str], None]] = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.text[:60]}")
+def marks(command: Command) -> list[pytest.MarkDecorator]:
+    """Whatever starts a launcher or TensorBoard by itself takes its time."""
+    return [pytest.mark.slow] if re.search(r"bash launch/(local|tensorboard)\.sh ", command.text) else []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(command, marks=marks(command)) for command in COMMANDS],
+    ids=lambda command: f"{command.page}: {command.text[:60]}",
+)
 def test_every_command_runs(command, request, tmp_path):
     text = command.text
     runner = next((run for pattern, run in RUN.items() if re.match(pattern, text)), None)

@@ -1,6 +1,7 @@
 """The pages of docs/ say what the code does: made pages are up to date, names and links exist, examples run."""
 
 import ast
+import itertools
 import os
 import re
 import shlex
@@ -8,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -16,13 +16,14 @@ import yaml
 import irtune
 from docs.make_configuration import reference
 from irtune.commands import COMMANDS
-from irtune.config.checks import ADAPTER_TYPES
-from irtune.config.load import SECTIONS, known_keys, load_config
+from irtune.config.declarations import adapter_kinds, methods
+from irtune.config.load import load_config
 from irtune.config.presets import MODELS
-from irtune.config.schema import TuningConfig
+from irtune.config.schema import SECTIONS, known_keys
 from irtune.data.corpus import SPLITS
 from irtune.data.prompts import INSTRUCTION, PAIR_SEPARATOR, TAGGED
 from irtune.data.readers.tables import SUFFIXES
+from tests.documents.test_architecture import LEVEL
 from tests.support import ROOT
 
 pytestmark = pytest.mark.quick
@@ -30,6 +31,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
+    ROOT / "benchmarks" / "README.md",
 ]
 SCRIPTS = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".yaml", ".py"))
 RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
@@ -63,9 +65,9 @@ def test_the_reference_has_every_key_with_its_meaning():
     assert list(table) == known_keys()
     assert all(len(meaning.removesuffix(" |")) > 5 for _, _, meaning in table.values())
     assert table["optim.lr"][:2] == ["a number above 0", "`0.0005`"]
-    assert table["tuning.num_splits"][0] == "whole number; 1 to 8"
-    assert table["run.best_metric"][0] == "`macro_f1`, `accuracy`, `auprc`, `loss`"
-    assert all(f"`{name}`" in table["adapter.type"][0] for name in ADAPTER_TYPES)
+    assert table["tuning.num_splits"][0] == "a whole number from 1 to 8"
+    assert table["run.best_metric"][0] == "`macro_f1`, `macro_f1_present`, `accuracy`, `auprc`, `loss`"
+    assert all(f"`{name}`" in table["adapter.type"][0] for name in adapter_kinds())
 
 
 def anchors(text: str) -> set[str]:
@@ -114,25 +116,31 @@ def test_every_key_and_command_that_is_mentioned_exists(file):
 def test_every_adapter_type_and_method_is_described():
     text = page("adapters.md") + page("method.md")
     rows = set(re.findall(r"^\| `?([a-z-]+)`?(?: \(default\))? \|", text, re.MULTILINE))
-    methods = get_args(TuningConfig.__dataclass_fields__["method"].type)
-    missing = {*ADAPTER_TYPES, *methods} - rows
+    missing = {*adapter_kinds(), *methods()} - rows
     assert not missing, f"no row in a table of docs/adapters.md or docs/method.md: {missing}"
 
 
-# ----- the README -----
+def test_pages_are_short_enough_to_be_read():
+    lines = {file: file.read_text(encoding="utf-8").count("\n") for file in PAGES}
+    assert lines[ROOT / "README.md"] <= 150
+    written = [count for file, count in lines.items() if file.is_relative_to(ROOT / "docs")]
+    assert sum(written) - lines[ROOT / "docs/configuration.md"] <= 3000
 
 
-def readme_section(title: str) -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+# ----- the README and the paper -----
+
+
+def section(text: str, title: str) -> str:
     return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
 def test_the_published_command_and_ours_agree_row_by_row():
-    section = readme_section("The published command, and the same here")
-    (command,) = [content for language, content in BLOCK.findall(section) if language == "bash"]
+    text = page("reproducing.md")
+    (command,) = [content for language, content in BLOCK.findall(text) if language == "bash"]
     line = shlex.split(command.replace("\\\n", " "), comments=True)
     config = load_config(line[line.index("train.py") + 1 :])
-    rows = [row.strip("| ").split(" | ") for row in section.splitlines() if row.startswith("| ") and "`" in row]
+    table = section(text, "The published command, option by option")
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines() if row.startswith("| ") and "`" in row]
     said = [re.match(r"([a-z_]+)\.([a-z_]+): (.+)$", item) for row in rows for item in re.findall(r"`([^`]+)`", row[2])]
     settings = [match.groups() for match in said if match is not None]
     assert len(rows) >= 15 and len(settings) >= 25
@@ -144,18 +152,50 @@ def test_the_published_command_and_ours_agree_row_by_row():
     assert {f"--{name}" for name in wanted.split()} <= published
 
 
+def test_the_page_of_the_paper_has_every_recipe():
+    named = set(re.findall(r"\b[\w.-]+\.yaml\b", page("reproducing.md")))
+    assert {recipe.name for recipe in RECIPES} - {"quickstart.yaml"} <= named
+
+
 def test_results_have_the_commands_that_made_them():
-    section = readme_section("Results so far")
-    commands = [line for line in section.splitlines() if line.startswith("python -m irtune compare ")]
-    made = {file: file.read_text(encoding="utf-8") for file in (ROOT / "docs/results").glob("*/compare.md")}
-    assert len(commands) == 2
-    for number, command in enumerate(commands, 1):
-        (text,) = [text for text in made.values() if f"Command: `{command}`" in text]
-        rows = [row.strip("|").split("|") for row in section.splitlines() if row.endswith(f"| command {number} |")]
-        assert rows
+    readme = section((ROOT / "README.md").read_text(encoding="utf-8"), "Results so far")
+    commands = section(page("results/README.md"), "The commands of the README's table").splitlines()
+    commands = [line for line in commands if line.startswith("python -m irtune compare ")]
+    made = [file.read_text(encoding="utf-8") for file in (ROOT / "docs/results").glob("*/compare.md")]
+    for corpus, command in zip(("IteraTeR", "ArgRewrite"), commands, strict=True):
+        (text,) = [text for text in made if f"Command: `{command}`" in text]
+        rows = [row.strip("|").split("|") for row in readme.splitlines() if row.startswith(f"| {corpus}")]
+        assert len(rows) >= 2
         for row in rows:  # accuracy, macro-F1 and AUPRC, in one row of that table
             wanted = " | ".join(re.sub(r"(?<![0-9])\.", "0.", cell.strip()) for cell in row[2:5])
             assert wanted in text, wanted
+
+
+# ----- design -----
+
+
+def test_the_page_of_the_design_has_every_room_from_the_top_floor_down():
+    rows = re.findall(r"^\| ([a-z, ]+) \| .+ \|$", section(page("design.md"), "Rooms"), re.MULTILINE)
+    rooms = [row.split(", ") for row in rows if row != "room"]
+    assert sorted(itertools.chain(*rooms)) == sorted(set(LEVEL) - {"__main__"})
+    levels = [max(LEVEL[room] for room in row) for row in rooms]
+    assert levels == sorted(levels, reverse=True)
+
+
+def test_every_invariant_names_a_test_that_exists():
+    rows = re.findall(r"^\| .+ \| (.+) \|$", section(page("design.md"), "What must hold"), re.MULTILINE)
+    rows = [row for row in rows if row != "test"]
+    assert len(rows) >= 9
+    for row in rows:
+        file, _, function = row.partition(": ")
+        assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), row
+
+
+@pytest.mark.parametrize("file", PAGES, ids=relative)
+def test_every_file_of_the_project_that_is_mentioned_exists(file):
+    text = file.read_text(encoding="utf-8")
+    for name in re.findall(r"(?<![\w/.])(?:tests|irtune|launch|ds_configs|benchmarks)/[\w./-]*\w", text):
+        assert file.name == "extending.md" or (ROOT / name).exists(), f"{relative(file)}: {name}"
 
 
 # ----- data formats -----
@@ -213,39 +253,24 @@ def said_by_irtune() -> list[str]:
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_code():
-    headings = re.findall(r"^### `(.+)`$", page("troubleshooting.md"), re.MULTILINE)
-    assert len(headings) >= 25
+    cells = re.findall(r"^\| (`.+?`) \| .+ \|$", page("troubleshooting.md"), re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) >= 70 and len(messages) == len(set(messages))
     known = said_by_irtune()
-    for heading in headings:
-        for part in heading.split("..."):
+    for message in messages:
+        for part in message.split("..."):
             wanted = part.strip(" '")
-            assert any(wanted in text for text in known), f"{heading!r}: no message has {wanted!r}"
+            assert any(wanted in text for text in known), f"{message!r}: no message has {wanted!r}"
 
 
 # ----- extending -----
-
-
-def apply_diff(folder: Path, diff: str) -> None:
-    """Apply a diff whose hunks are found by their text: each must stand exactly once in its file."""
-    header, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
-    file = folder / header.removeprefix("--- ").strip()
-    text = file.read_text(encoding="utf-8")
-    for hunk in hunks:
-        lines = [(line[:1], line[1:] + "\n") for line in hunk.splitlines()]
-        old = "".join(line for sign, line in lines if sign != "+")
-        new = "".join(line for sign, line in lines if sign != "-")
-        assert text.count(old) == 1, f"{file.name} has {text.count(old)} times:\n{old}"
-        text = text.replace(old, new)
-    file.write_text(text, encoding="utf-8")
 
 
 def test_the_examples_of_the_extending_page_work(llama, tmp_path):
     for name in ("irtune", "ds_configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for language, content in BLOCK.findall(page("extending.md")):
-        if language == "diff":
-            apply_diff(tmp_path, content)
-        else:
+        if language == "python":
             (tmp_path / content.split("\n", 1)[0].removeprefix("# ")).write_text(content, encoding="utf-8")
     scripts = sorted(file.name for file in tmp_path.glob("try_*.py"))
     assert scripts == ["try_corpus.py", "try_rescale.py", "try_window.py"]

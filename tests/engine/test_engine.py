@@ -43,28 +43,31 @@ def expected_bytes(stage: int, dtype: str, numel: int, world: int, groups: int) 
     return range(exact, exact + per_parameter * 2 * groups * (14 if stage == 3 else 1) + 1)
 
 
-MOVING = {
-    2: [
-        (0, "float32", 1),
-        (1, "float32", 2),
-        (2, "float32", 1),
-        (3, "float32", 2),
-        (0, "bfloat16", 1),
-        (1, "bfloat16", 1),
-        (2, "bfloat16", 2),
-        (3, "bfloat16", 1),
-        (2, "mixed", 1),
-        (3, "mixed", 1),
+MOVING = [
+    (0, "float32", 1),
+    (1, "float32", 2),
+    (2, "float32", 1),
+    (0, "bfloat16", 1),
+    (1, "bfloat16", 1),
+    (2, "bfloat16", 2),
+    (2, "mixed", 1),
+    (3, "bfloat16", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "kinds"),
+    [
+        (2, MOVING),
+        pytest.param(2, [(3, "float32", 2), (3, "mixed", 1)], marks=pytest.mark.slow),
+        pytest.param(4, [(2, "float32", 1), (3, "float32", 1)], marks=pytest.mark.slow),
     ],
-    4: [(2, "float32", 1), (3, "float32", 1)],
-}
-
-
-@pytest.mark.parametrize("world", MOVING)
-def test_selected_layers_move_and_no_other(llama, world):
+    ids=["2", "2-zero-3", "4"],
+)
+def test_selected_layers_move_and_no_other(llama, world, kinds):
     # Weight decay is on: a frozen layer must not even decay.
-    cases = [(llama, stage, dtype, accumulation, {"weight_decay": 0.1}) for stage, dtype, accumulation in MOVING[world]]
-    for case, reports in zip(MOVING[world], run_cases(freeze_and_thaw, world, cases)):
+    cases = [(llama, stage, dtype, accumulation, {"weight_decay": 0.1}) for stage, dtype, accumulation in kinds]
+    for case, reports in zip(kinds, run_cases(freeze_and_thaw, world, cases)):
         for report in reports:
             for selected, (moved, head_moved, state_bytes, numel) in zip(SELECTIONS, report, strict=True):
                 assert moved == selected, case
@@ -72,8 +75,9 @@ def test_selected_layers_move_and_no_other(llama, world):
                 assert state_bytes in expected_bytes(*case[:2], numel, world, len(selected) + 1), case
 
 
-def test_other_architectures(gpt2, bert):
-    cases = [(model, stage, "float32", 1, {}) for model in (gpt2, bert) for stage in (2, 3)]
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_other_architectures(gpt2, bert, stage):
+    cases = [(model, stage, "float32", 1, {}) for model in (gpt2, bert)]
     for case, reports in zip(cases, run_cases(freeze_and_thaw, 2, cases)):
         for report in reports:
             assert [moved for moved, *_ in report] == SELECTIONS, case
@@ -185,7 +189,7 @@ def select_often(model, stage):
     return history
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_fifty_selections_keep_to_the_formula_and_do_not_grow(llama, stage):
     for history in run_ranks(select_often, 2, llama, stage):
         for state_bytes, numel, layers, _, _ in history:

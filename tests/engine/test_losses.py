@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from irtune.config import OptimConfig
-from irtune.engine.losses import build_loss, class_balanced_weights, cross_entropy
+from irtune.engine.losses import build_loss, class_balanced_weights, class_weights, cross_entropy
+from irtune.errors import ConfigError
 
 pytestmark = pytest.mark.quick
 CPU = torch.device("cpu")
@@ -61,3 +62,37 @@ def test_label_smoothing_spreads_the_target():
 def test_bf16_logits_are_taken_in_fp32():
     loss = build_loss(OptimConfig(), [1, 1, 1], CPU)(LOGITS.bfloat16(), LABELS)
     assert loss.dtype == torch.float32
+
+
+def test_class_weights_divide_by_examples_and_go_by_the_names_of_labels():
+    by_hand = sum(weight * value for weight, value in zip((0.5, 3, 3), each())) / 3
+    for given in ([0.5, 3, 1], {"a": 0.5, "b": 3}):
+        loss = build_loss(OptimConfig(class_weights=given), [1, 2, 0], CPU, ["a", "b", "c"])
+        assert float(loss(LOGITS, LABELS)) == pytest.approx(by_hand)
+    focal = build_loss(OptimConfig(class_weights=[0.5, 3, 1], loss="focal"), [1, 2, 0], CPU, ["a", "b", "c"])
+    hard = [(1 - math.exp(-value)) ** 2 * value for value in each()]
+    assert float(focal(LOGITS, LABELS)) == pytest.approx(sum(w * v for w, v in zip((0.5, 3, 3), hard)) / 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([1, 2], r"has 2 weights for 3 labels; accepted: one for each of good, bad, ugly"),
+        ({"god": 1}, r"'god' is not a label; did you mean 'good'\? accepted: good, bad, ugly"),
+        ({"good": 0, "bad": 0, "ugly": 0}, r"no weight above 0"),
+    ],
+)
+def test_class_weights_that_do_not_fit_the_labels_are_named(given, words):
+    with pytest.raises(ConfigError, match=rf"optim\.class_weights.*{words}"):
+        class_weights(OptimConfig(class_weights=given), ["good", "bad", "ugly"])
+
+
+def test_weights_of_examples_keep_the_mean_over_examples():
+    weights = torch.tensor([2.0, 0.0, 0.5])
+    loss = build_loss(OptimConfig(), [1, 2, 0], CPU)
+    by_hand = (2 * each()[0] + 0.5 * each()[2]) / 3
+    assert float(loss(LOGITS, LABELS, weights)) == pytest.approx(by_hand)
+    parts = [float(loss(LOGITS[i : i + 1], LABELS[i : i + 1], weights[i : i + 1])) for i in range(3)]
+    assert sum(parts) / 3 == pytest.approx(by_hand)
+    balanced = build_loss(OptimConfig(class_weights=[3.0, 1.0, 1.0]), [1, 2, 0], CPU)
+    assert float(balanced(LOGITS, LABELS, weights)) == pytest.approx((6 * each()[0] + 0.5 * each()[2]) / 3)

@@ -42,6 +42,15 @@ def test_metrics_equal_scikit_learn(classes, present):
 
 
 @pytest.mark.quick
+def test_a_class_without_an_example_counts_in_one_macro_f1_only():
+    labels = torch.tensor([0, 0, 1, 1])
+    logits = 10 * torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 2]), 4).float()
+    found = metrics(Predictions(logits, labels), ["a", "b", "c", "d"])  # F1: 1, 2/3; c is predicted only, d is nowhere
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3 + 0 + 0) / 4)
+    assert found["macro_f1_present"] == pytest.approx((1 + 2 / 3) / 2)
+    assert found["per_class"]["d"]["examples"] == 0
+
+
 def test_a_perfect_and_a_hopeless_prediction():
     labels = torch.tensor([0, 1, 2])
     assert metrics(Predictions(torch.eye(3) * 9, labels), ["a", "b", "c"])["macro_f1"] == 1.0

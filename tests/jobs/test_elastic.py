@@ -7,7 +7,7 @@ import yaml
 
 from irtune.commands.validate import validate
 from irtune.config import load_config
-from irtune.config.batch_size import accumulation, for_ranks
+from irtune.config.batch_size import accumulation, with_accumulation
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.config.schema import OptimConfig
 from irtune.errors import ConfigError
@@ -46,7 +46,7 @@ def test_settings_plan_and_written_configuration_follow_it(llama, corpus, tmp_pa
         settings, problems = read_engine_json(config, ranks)
         assert not problems
         assert (settings["gradient_accumulation_steps"], settings["train_batch_size"]) == (steps, 16)
-        assert for_ranks(config, ranks).optim.gradient_accumulation_steps == steps
+        assert with_accumulation(config, ranks).optim.gradient_accumulation_steps == steps
         found = validate(config, ranks)["batch"]
         assert found["examples_per_step"] == 16 and found["gradient_accumulation_steps"] == steps
     with pytest.raises(ConfigError, match="x 3 rank"):

@@ -1,6 +1,6 @@
 """kill -9 at random moments, inside of saves too: the run goes on as if nothing had happened.
 
-IRTUNE_KILLS sets how often per stage (10 for the table in docs/reliability.md). Each falls into a run of its own.
+IRTUNE_KILLS sets how often per stage (10 for the table in docs/launching.md). Each falls into a run of its own.
 """
 
 import functools
@@ -24,7 +24,7 @@ KILLS = int(variable("IRTUNE_KILLS", "2"))
 OPTIONS = {"optim__max_steps": 12, "run__save_every": 2, "run__eval_every": 4}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def whole(request, llama, corpus, tmp_path_factory) -> tuple[int, Path]:
     """A stage, and the uninterrupted run under it."""
     stage = request.param
@@ -71,7 +71,9 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert results[0]["dev"] == results[1]["dev"] and results[0]["steps_per_layer"] == results[1]["steps_per_layer"]
 
 
-@pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.parametrize(
+    "number", [number if number == 0 else pytest.param(number, marks=pytest.mark.slow) for number in range(KILLS)]
+)
 def test_kill_and_resume_is_the_uninterrupted_run(llama, corpus, whole, tmp_path, number):
     stage, folder = whole
     config = tiny_config(llama, corpus, tmp_path / "run", stage, **OPTIONS)
@@ -103,6 +105,7 @@ def test_a_kill_after_the_last_evaluation_leaves_no_record_twice(llama, corpus, 
     assert [record["split"] for record in records(folder, "eval")] == ["dev", "dev", "dev", "test"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [2], indirect=True)
 def test_torchrun_restarts_without_a_hand(llama, corpus, whole, tmp_path):
     stage, folder = whole

@@ -21,7 +21,7 @@ from tests.support.runs import launch, losses, records, selections
 from tests.support.tiny import engine_json, tiny_config
 
 REASON = hosts.missing()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")]
 ONLY_WITH_ALL = pytest.mark.skipif(
     variable("IRTUNE_NODES", "") != "all", reason="half a minute more: IRTUNE_NODES is not `all`"
 )
@@ -247,7 +247,7 @@ def test_an_output_folder_that_one_node_does_not_see_is_named(pair, rank, llama,
     mounted = pair[1].run(["mount", "-t", "tmpfs", "tmpfs", str(shared)], timeout=30)
     assert mounted.returncode == 0, mounted.stderr
     said, _ = refused(pair, Job(pair, rank, config, tmp_path))
-    wanted = f"run.output_dir '{shared}/run' of node 0 (nodeA) is not seen from node 1 (nodeB)"
+    wanted = f"run.output_dir '{shared}/run' of node 0 (nodeA) is not visible from node 1 (nodeB)"
     assert wanted in said, said
 
 

@@ -1,6 +1,6 @@
 """A long run that selects at every step: memory, files and threads of each process stay what they were.
 
-IRTUNE_SOAK_STEPS sets its length (2000 for the figures in docs/reliability.md).
+IRTUNE_SOAK_STEPS sets its length (2000 for the figures in docs/launching.md).
 """
 
 import math
@@ -35,6 +35,7 @@ def soak(config):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2])
 def test_nothing_grows(llama, corpus, tmp_path, stage):
     options = {"optim__max_steps": STEPS, "tuning__interval": 1, "run__eval_every": STEPS // 4, "run__log_every": 10}

@@ -108,6 +108,7 @@ def test_ir_tuning_needs_less_than_the_trainer(measured):
     assert ours["peak"] < 0.8 * theirs["peak"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_results_and_keeps_those_of_other_cases(tmp_path, monkeypatch, capsys):
     file = tmp_path / "out.json"
     file.write_text(json.dumps({"cases": [{"case": "lean, nf4", "system": "lean", "error": "no memory"}]}))

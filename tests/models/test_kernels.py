@@ -1,9 +1,11 @@
 """Kernels that a run may take instead of the model's own."""
 
 import logging
+from functools import partialmethod
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from irtune.config import load_config
@@ -19,8 +21,9 @@ SELECTIONS = [[1], [0]]
 
 @pytest.mark.quick
 def test_a_missing_package_is_named_with_what_is_used_instead(caplog):
+    kernels._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "irtune"):
-        assert attention_kernel("flash_attention_2", torch.float32) == "sdpa"
+        assert attention_kernel("flash_attention_2", torch.float32, LlamaForSequenceClassification) == "sdpa"
     assert "needs the package flash-attn, which is not installed here; sdpa is used instead" in caplog.text
 
 
@@ -52,10 +55,12 @@ def test_compile_is_refused_where_it_cannot_be(tmp_path):
         assert f"model.compile does not go with {reason}" in str(refusal.value)
 
 
-def _compiled(model, dtype, compiled):
-    rig = tiny.Rig(model, 2, dtype, compile=compiled)
-    if compiled:
-        compile_layers(rig.table.modules)
+def _compiled(model, dtype, backend):
+    rig = tiny.Rig(model, 2, dtype, compile=backend is not None)
+    if backend is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+            compile_layers(rig.table.modules)
     losses = []
     for selected in SELECTIONS:
         rig.engine.module.train()
@@ -67,11 +72,19 @@ def _compiled(model, dtype, compiled):
     return losses, weights, graphs
 
 
-# mixed: a bf16 base, whose attention and norms are irtune's own
-@pytest.mark.parametrize(("dtype", "near"), [("float32", 1), ("mixed", 1000)])
-def test_compiled_layers_train_as_others_do_over_selections(tmp_path, dtype, near):
+# mixed: a bf16 base, whose attention and norms are irtune's own. eager: the same graphs, not compiled further, which
+# takes most of a minute.
+@pytest.mark.parametrize(
+    ("dtype", "near", "backend"),
+    [
+        ("float32", 1, "eager"),
+        pytest.param("float32", 1, "inductor", marks=pytest.mark.slow),
+        pytest.param("mixed", 1000, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_layers_train_as_others_do_over_selections(tmp_path, dtype, near, backend):
     model = tiny.save_model(tmp_path / "model", layers=2)
-    found = (run_ranks(_compiled, 1, model, dtype, flag)[0] for flag in (False, True))
+    found = (run_ranks(_compiled, 1, model, dtype, chosen)[0] for chosen in (None, backend))
     (plain, weights, none), (compiled, others, graphs) = found
     assert none == 0 and 1 <= graphs <= 6  # one for each combination, not for each layer and selection
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=1e-5 * near, atol=1e-6)

@@ -17,7 +17,7 @@ from irtune.config import AdapterConfig, ModelConfig
 from irtune.errors import ConfigError, ModelError
 from irtune.models import load_classifier
 from irtune.models.anatomy import find_anatomy, linear_names, output_projections
-from irtune.models.classifier import longest_input
+from irtune.models.limits import longest_input
 
 pytestmark = pytest.mark.quick
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -43,6 +43,22 @@ def test_layers_head_and_output_projection_are_found(kind):
         name = names[id(weight)]
         assert f".{number}." in name
         assert name.endswith(f"{LAST[kind]}.weight")
+
+
+def test_the_list_with_most_parameters_has_the_layers():
+    """Experts are lists too, inside of layers and beside them."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+
+    model = torch.nn.Module()
+    model.adaptors = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+    model.blocks = torch.nn.ModuleList(Layer() for _ in range(3))
+    model.score = torch.nn.Linear(8, 2)
+    anatomy = find_anatomy(model)
+    assert (anatomy.layers, anatomy.num_layers) == ("blocks", 3)
 
 
 def test_adapters_lie_in_every_layer_and_nowhere_else(bert):

@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from irtune.adapters import remember_origins, suppressed
-from irtune.adapters.build import add_adapters
+from irtune.adapters import Suppression, add_adapters
 from irtune.config import AdapterConfig, ModelConfig
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import whole
@@ -140,18 +139,18 @@ def put_in(model, cases, sharded):
             weights = output_projections(classifier.model, classifier.anatomy)
             model_, table = add_adapters(classifier, AdapterConfig(**settings))
             norms = [weight.norm().item() for weight in weights]
-            remember_origins(table)
+            suppression = Suppression(table)
         parameters = dict(model_.named_parameters())
-        kept = kept_bytes(parameters) + sum(origin.numel() * 4 for origin in table.origins.values())
+        kept = kept_bytes(parameters) + sum(origin.numel() * 4 for origin in suppression.origins.values())
         first = values(parameters)
         buffers = {key: buffer.tolist() for key, buffer in model_.named_buffers() if key in ("states", "attends")}
-        own = [(key, parameter) for layer in table.layers for key, parameter in layer if key in table.origins]
+        own = [(key, parameter) for layer in table.layers for key, parameter in layer if key in suppression.origins]
         for _, parameter in own:  # as if it had been trained
             with whole([parameter], write=True):
                 parameter.data += 1
-        with suppressed(table, range(table.num_layers), gathered=lambda parameters: whole(parameters, write=True)):
+        with suppression.suppressed(range(table.num_layers)):
             down = values(dict(own))
-        del weights, classifier, table
+        del weights, classifier, table, suppression
         results[name] = (first, down, (read, norms, buffers), kept, max(grown), len(own))
         del model_, parameters, own
     runtime.stop()
@@ -185,6 +184,7 @@ def test_all_types_and_scores_find_the_whole_model_in_its_shares(request, kind):
             assert (own > 0) == (name not in ("prompt", "ltuning-prompt")), name
 
 
+@pytest.mark.slow
 def test_memory_while_adapters_are_put_in_stays_near_the_share(large):
     """One type of each way to need weights: read, taken apart, run, trained themselves."""
     cases = {

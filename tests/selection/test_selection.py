@@ -284,6 +284,11 @@ def test_budgets():
             layer_budget(wrong, 30)
 
 
+def test_a_budget_of_nothing_is_not_the_default():
+    with pytest.raises(ConfigError, match=r"tuning\.budget is 0; accepted: 1 to 12 layers"):
+        build_chooser(TuningConfig(method="lisa", budget=0), 12, seed=0)
+
+
 @pytest.mark.parametrize("method", ["rst", "ist", "lisa", "cyclic", "grass", "topk", "ir"])
 def test_every_method_keeps_to_the_budget(method):
     chooser = build_chooser(TuningConfig(method=method, budget=3, interval=1), 12, seed=0, sizes=[5] * 12)

@@ -29,7 +29,7 @@ def bare() -> Iterator[None]:
     Those are tested in test_planner.py, test_tensorboard.py, and with the fixture `base`.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "plan_run", lambda *_, **__: None)
+        patch.setattr(prepare, "estimate_memory", lambda *_, **__: None)
         patch.setattr(Tracker, "_picture", lambda *_: None)
         for name in FIGURES:
             patch.setattr(pictures, name, lambda *_, **__: None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
     BertModel,
@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from irtune.adapters.build import add_adapters
+from irtune.adapters import adapter_traits, add_adapters
 from irtune.config import AdapterConfig, Config, ModelConfig, OptimConfig, load_config
 from irtune.data.synthetic import synthetic_pairs, write_corpus
 from irtune.distributed import runtime
@@ -29,15 +29,15 @@ from irtune.selection.scores import LayerScores
 LAYERS = 6
 
 
-def save_model(folder: Path, kind: str = "llama", layers: int = LAYERS, hidden: int = 32) -> Path:
+def save_model(
+    folder: Path,
+    kind: str = "llama",
+    layers: int = LAYERS,
+    hidden: int = 32,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
     """A randomly initialised model of `layers` layers in fp32, without a head, with a word-level tokenizer."""
-    words = sorted({w for row in synthetic_pairs(200) for w in row["before"].split() + row["after"].split()})
-    vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    tokenizer = tokenizer or _word_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(7)
     size, pad = len(tokenizer), tokenizer.pad_token_id
@@ -62,6 +62,29 @@ def save_model(folder: Path, kind: str = "llama", layers: int = LAYERS, hidden: 
     }  # fmt: skip
     builders[kind]().save_pretrained(folder)
     return folder
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    words = sorted({w for row in synthetic_pairs(200) for w in row["before"].split() + row["after"].split()})
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer as GPT-2's, of single letters and some merged words: no text is unknown to it."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<pad>"]
+    )
+    line = "far near one two three red blue house the end is rest [- -] {+ +} …"
+    raw.train_from_iterator([line] * 50 + [row["before"] for row in synthetic_pairs(100)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
 
 
 def save_corpus(folder: Path, train: int = 64, dev: int = 20, test: int = 15) -> Path:
@@ -131,8 +154,8 @@ class Rig:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
-        self.engine = Engine(network, self.table, OptimConfig(weight_decay=options.pop("weight_decay", 0.0)), settings,
-                             **options)  # fmt: skip
+        optim = OptimConfig(weight_decay=options.pop("weight_decay", 0.0))
+        self.engine = Engine(network, self.table, optim, settings, traits=adapter_traits(adapter), **options)
         self.accumulation, self.steps = accumulation, 0
 
     def batch(self, number: int) -> dict[str, torch.Tensor]:
@@ -156,8 +179,10 @@ class Rig:
             total = torch.zeros(())
             for batch in self.mine(self.steps):
                 factor = self.engine.gradient_factor
-                watch = scores.micro_batch(batch["attention_mask"], all_layers=True, factor=factor) if scores else None
-                with watch or contextlib.nullcontext():
+                with contextlib.ExitStack() as watch:
+                    if scores:
+                        watch.enter_context(self.engine.idle.awake())
+                        watch.enter_context(scores.micro_batch(batch["attention_mask"], all_layers=True, factor=factor))
                     total += self.engine.forward_backward(batch)
                 self.engine.step(0.01)
             total = runtime.all_reduce(total) / (self.accumulation * self.world.size)

@@ -288,7 +288,9 @@ def browser(tmp_path_factory):
     options = selenium.ChromeOptions()
     options.binary_location = chromium
     for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
-                   "--window-size=1400,900", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
+                   "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+                   "--disable-sync", "--window-size=1400,900",
+                   f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
         options.add_argument(option)
     service = Service(chromedriver, popen_kw={"start_new_session": True})  # a process group of our own, to end it whole
     driver = group = None
@@ -329,6 +331,7 @@ def _open(browser, address: str, page: str) -> None:
     browser.get(f"{address}/{page}")
 
 
+@pytest.mark.slow
 def test_a_browser_shows_the_run(finished, address, browser, tmp_path):
     until(lambda: _answer(f"{address}/data/plugin/scalars/tags"), lambda text: "train/loss" in text, 40)
 

@@ -15,8 +15,9 @@ from tests.support.runs import bare, launch, losses, records, selections, train
 from tests.support.tiny import tiny_config
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("state", ["offload", "drop"])
+@pytest.mark.parametrize(
+    ("stage", "state"), [(2, "offload"), (2, "drop"), (3, "offload"), pytest.param(3, "drop", marks=pytest.mark.slow)]
+)
 def test_interrupt_and_resume_is_no_interruption(llama, corpus, tmp_path, stage, state):
     options = {"tuning__deselected_state": state, "tuning__interval": 1, "run__eval_every": 2, "run__keep_last": 9}
     whole = launch(tiny_config(llama, corpus, tmp_path / "whole", stage, **options), 2)
@@ -56,7 +57,7 @@ def test_a_finished_run_is_not_trained_again(llama, corpus, base, tmp_path):
     assert (again / "predictions.jsonl").read_text() == (base / "predictions.jsonl").read_text()
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_own_weights_are_saved_only_once_they_trained_and_come_back(llama, corpus, tmp_path, stage):
     options = {"adapter__type": "none", "tuning__method": "cyclic", "tuning__order": "ascending", "run__keep_last": 9,
                "run__eval_every": 2, "model__dtype": "bfloat16"}  # fmt: skip

@@ -3,6 +3,7 @@
 from torch import nn
 
 from irtune.adapters.trainable import freeze, layer_biases, layer_list, train_with_head
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 
@@ -12,3 +13,8 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     freeze(classifier.model)
     train_with_head(classifier, adapter, [p for layer in layer_list(classifier) for p in layer_biases(layer)])
     return classifier.model
+
+
+KIND = AdapterKind(
+    name="bitfit", summary="the biases", build=build, silent=True, own_weights=True, fills={"adapter.dtype": "model"}
+)

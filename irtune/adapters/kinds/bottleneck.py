@@ -12,6 +12,7 @@ from torch import nn
 from irtune.adapters.linear import AdapterLinear
 from irtune.adapters.suppress import Scaled
 from irtune.adapters.trainable import freeze, layer_list, train_with_head
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ModelError
 from irtune.models import Classifier
@@ -88,3 +89,6 @@ def _width(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return int(module.nx), int(module.nf)  # type: ignore[arg-type]
+
+
+KIND = AdapterKind(name="bottleneck", summary="a small network behind or beside a block", build=build, silent=True)

@@ -3,12 +3,21 @@
 from torch import nn
 
 from irtune.adapters.low_rank import add_low_rank
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
-
-FROZEN = 0.3  # the norms of all columns of W + B A are stored for the gradients of magnitude and factors only
 
 
 def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     """DoRA as peft has it."""
     return add_low_rank(classifier, adapter, use_dora=True)
+
+
+KIND = AdapterKind(
+    name="dora",
+    summary="LoRA on the direction of a weight, its magnitude beside it",
+    build=build,
+    silent=True,
+    peft_format=True,
+    frozen=0.3,  # the norms of all columns of W + B A are stored for the gradients of magnitude and factors only
+)

@@ -1,5 +1,19 @@
 """LoRA (Hu et al., ICLR 2022): W x + (alpha / r) B A x."""
 
 from irtune.adapters.low_rank import add_low_rank
+from irtune.config.declarations import AdapterKind
 
-build = add_low_rank
+KIND = AdapterKind(
+    name="lora",
+    summary="low-rank updates of linear modules",
+    build=add_low_rank,
+    silent=True,
+    peft_format=True,
+    keys=("adapter.target_parameters",),
+    refuses=(
+        (
+            {"adapter.target_parameters": ..., "adapter.dropout": ...},
+            "adapter.target_parameters cannot have adapter.dropout; set it to 0",
+        ),
+    ),
+)

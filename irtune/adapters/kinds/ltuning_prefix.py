@@ -12,10 +12,9 @@ from torch import nn
 from irtune.adapters.ltuning import candidate_logits, label_states, per_label
 from irtune.adapters.prefix_attention import AttentionPlace, KeysAndValues, attention_places
 from irtune.adapters.trainable import freeze, train_with_head
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
-
-BELOW = True  # F, which all layers share
 
 
 class LabelKeysAndValues(KeysAndValues):
@@ -80,3 +79,13 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     added = [*model.label_pooling.parameters(), *(p for prefix in model.prefixes for p in prefix.parameters())]
     train_with_head(classifier, adapter, added)
     return model
+
+
+KIND = AdapterKind(
+    name="ltuning-prefix",
+    summary="keys and values made of each label's text",
+    build=build,
+    below=True,  # F, which all layers share
+    reads_labels=True,
+    attention="sdpa",
+)

@@ -1,18 +1,16 @@
-"""LT-Prompt (Kowsher et al. 2024): e(y) = G(h) stands before the text; o = C(M(e(y), e(x))). G and C train."""
+"""LT-Prompt (Kowsher et al. 2024): e(y) = G(h) precedes the text; o = C(M(e(y), e(x))). G and C train."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from irtune.adapters.ltuning import candidate_logits, label_states, per_label
+from irtune.adapters.ltuning import candidate_logits, label_states, longest_label, per_label
 from irtune.adapters.soft_tokens import SoftTokens
 from irtune.adapters.trainable import freeze, train_with_head
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
-
-EVERY_LAYER = False
-BELOW = True
 
 
 class LabelPrompted(SoftTokens):
@@ -44,3 +42,16 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     model = LabelPrompted(classifier, adapter)
     train_with_head(classifier, adapter, model.label_prompt.parameters())
     return model
+
+
+KIND = AdapterKind(
+    name="ltuning-prompt",
+    summary="embeddings made of each label's text, before the text",
+    build=build,
+    every_layer=False,
+    below=True,
+    reads_labels=True,
+    extra_tokens=lambda classifier, adapter: longest_label(classifier),
+    fills={"tuning.method": "full"},
+    needs={"tuning.method": ("full", "has its parameters before the first layer, not in layers")},
+)

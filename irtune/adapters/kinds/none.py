@@ -7,10 +7,9 @@ optimizer state is large, and choosing layers saves most.
 from torch import nn
 
 from irtune.adapters.trainable import freeze, layer_list, train_with_head
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
-
-PRETRAINED = True
 
 
 def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
@@ -21,3 +20,15 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
         weights += list(classifier.model.get_input_embeddings().parameters())  # type: ignore[operator]
     train_with_head(classifier, adapter, weights)
     return classifier.model
+
+
+KIND = AdapterKind(
+    name="none",
+    summary="the layers' own weights",
+    build=build,
+    silent=True,
+    own_weights=True,
+    pretrained=True,
+    fills={"adapter.dtype": "model"},
+    keys=("adapter.embeddings",),
+)

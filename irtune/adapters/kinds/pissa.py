@@ -7,6 +7,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from irtune.adapters.low_rank import add_low_rank
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 
@@ -18,3 +19,14 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
         if isinstance(module, LoraLayer):
             module.holds_weight = True  # type: ignore[assignment]  # to turn its scaling down would take a part of the pretrained weight away
     return model
+
+
+KIND = AdapterKind(
+    name="pissa",
+    summary="LoRA from the largest singular directions of each weight",
+    build=build,
+    silent=True,
+    peft_format=True,
+    decomposes=True,
+    shapes_of="lora",  # its first values come from the weights
+)

@@ -9,6 +9,7 @@ from torch import nn
 
 from irtune.adapters.prefix_attention import AttentionPlace, KeysAndValues, attention_places
 from irtune.adapters.trainable import freeze, train_with_head
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.models import Classifier
 
@@ -40,3 +41,8 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
         added += list(place.module.prefix.parameters())
     train_with_head(classifier, adapter, added)
     return classifier.model
+
+
+KIND = AdapterKind(
+    name="prefix", summary="keys and values before those of each attention", build=build, attention="sdpa"
+)

@@ -11,12 +11,10 @@ from torch import nn
 
 from irtune.adapters.soft_tokens import SoftTokens
 from irtune.adapters.trainable import freeze, train_with_head
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.distributed.partitioned import whole
 from irtune.models import Classifier
-
-EVERY_LAYER = False
-BELOW = True
 
 
 class Prompted(SoftTokens):
@@ -43,3 +41,15 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     model = Prompted(classifier, adapter)
     train_with_head(classifier, adapter, model.prompt.parameters())
     return model
+
+
+KIND = AdapterKind(
+    name="prompt",
+    summary="embeddings before the text",
+    build=build,
+    every_layer=False,
+    below=True,
+    extra_tokens=lambda classifier, adapter: adapter.num_tokens,
+    fills={"tuning.method": "full"},
+    needs={"tuning.method": ("full", "has its parameters before the first layer, not in layers")},
+)

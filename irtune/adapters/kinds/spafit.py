@@ -7,14 +7,14 @@ import math
 
 from torch import nn
 
-from irtune.adapters.low_rank import add_low_rank, target_pattern
+from irtune.adapters.low_rank import add_low_rank
+from irtune.adapters.targets import target_pattern
 from irtune.adapters.trainable import freeze, layer_biases, layer_list, train_with_head
+from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
 from irtune.errors import ConfigError, ModelError
 from irtune.models import Classifier
 from irtune.models.anatomy import ATTENTION_NAMES, linear_names
-
-EVERY_LAYER = False
 
 
 def strata(adapter: AdapterConfig, num_layers: int) -> tuple[int, int]:
@@ -55,3 +55,15 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 def _in_attention(name: str) -> bool:
     return any(word in name.lower() for word in ATTENTION_NAMES)
+
+
+KIND = AdapterKind(
+    name="spafit",
+    summary="strata of layers: frozen, biases, LoRA and biases",
+    build=build,
+    silent=True,
+    own_weights=True,  # the biases
+    every_layer=False,
+    fills={"adapter.dtype": "model"},
+    keys=("adapter.strata",),
+)

@@ -11,36 +11,37 @@ from pathlib import Path
 
 import torch
 
+from irtune.commands.common import a_path, add_ranks, at_least, parser
 from irtune.commands.compare.grid import Cell, build_grid, parse_corpora, parse_variants
 from irtune.commands.compare.linear import LinearResult, linear_baseline
 from irtune.commands.compare.runs import Outcome, check_folders, run_cell
 from irtune.config import load_config
 from irtune.data import read_corpus
-from irtune.errors import ConfigError
 from irtune.files import writing
 
 log = logging.getLogger("irtune")
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of compare; everything else is an option of the trainer, for all runs."""
-    built = argparse.ArgumentParser(
-        prog="python -m irtune compare",
-        allow_abbrev=False,
-        description="Train every method on every corpus with every seed, and compare. Options of the trainer "
-        "(--config FILE, --optim.lr 1e-4, ...) hold for all runs. Stop it and start it again as you like: finished "
-        "runs are kept. Writes compare.md, compare.csv and compare.png.",
-        epilog="example: python -m irtune compare --config launch/recipes/iterater-smollm2.yaml --methods full,rst,ir "
+def command_options() -> argparse.ArgumentParser:
+    """The command's own options; all others are the trainer's."""
+    built = parser(
+        "compare",
+        "Train every method on every corpus with every seed, and compare. Stop it and start it again as you like: "
+        "finished runs are kept. Writes compare.md, compare.csv and compare.png.",
+        "python -m irtune compare --config launch/recipes/iterater-smollm2.yaml --methods full,rst,ir "
         "--seeds 3 --budget 6 --data iterater-human=corpus/",
+        trainer=True,
     )
     built.add_argument("--methods", required=True, help="for example full,rst,ist,lisa,ir,ir+preset=reference")
-    built.add_argument("--seeds", type=int, default=3, help="runs of each method, with seeds 0, 1, ... (default 3)")
+    built.add_argument(
+        "--seeds", type=at_least(1), default=3, help="runs of each method, with seeds 0, 1, ... (default 3)"
+    )
     built.add_argument("--adapters", help="adapter types, for example lora,dora (default: the recipe's)")
     built.add_argument("--data", help="corpora as PATH or PRESET=PATH, comma-separated (default: the recipe's)")
     built.add_argument("--budget", help="layers, or a fraction of them, for every method that can keep a budget")
-    built.add_argument("--ranks", type=int, help="processes per run (default: one per GPU, else 1)")
-    built.add_argument("--output_dir", default="runs/compare", help="folder of the runs and the results")
+    add_ranks(built)
+    built.add_argument("--output_dir", type=a_path, default="runs/compare", help="folder of the runs and the results")
     return built
 
 
@@ -50,10 +51,8 @@ def compare(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: for every mistake in the options, before the first run.
     """
-    options, trainer = parser().parse_known_args(list(arguments))
-    if options.seeds < 1 or (options.ranks is not None and options.ranks < 1):
-        raise ConfigError(f"--seeds is {options.seeds}, --ranks is {options.ranks}; accepted: whole numbers from 1")
-    folder = Path(options.output_dir).expanduser()
+    options, trainer = command_options().parse_known_args(list(arguments))
+    folder = options.output_dir
     cells = build_grid(
         variants=parse_variants(options.methods),
         adapters=options.adapters.split(",") if options.adapters else [None],

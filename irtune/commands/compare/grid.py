@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from irtune.config import load_config
+from irtune.config.declarations import methods
 from irtune.errors import ConfigError
-from irtune.selection.registry import takes_budget
 
 VARIANT_KEY = re.compile(r"[a-z_]+")
 
@@ -23,8 +23,9 @@ class Variant:
     def arguments(self, budget: str | None) -> list[str]:
         """Options of the trainer; `budget` holds where the method can keep one and sets none of its own."""
         settings = dict(self.settings)
+        method = methods().get(self.method)  # an unknown one is refused with the trainer's other options
         reference = settings.get("preset") == "reference" or settings.get("rule") == "reference"
-        if budget is not None and "budget" not in settings and takes_budget(self.method) and not reference:
+        if budget is not None and "budget" not in settings and not reference and method and method.takes_budget:
             settings["budget"] = budget
         return [f"--tuning.method={self.method}", *(f"--tuning.{key}={value}" for key, value in settings.items())]
 
@@ -65,7 +66,7 @@ def parse_variants(text: str) -> list[Variant]:
         method, *pairs = name.split("+")
         settings = [tuple(pair.split("=", 1)) for pair in pairs]
         if not method or any(len(pair) != 2 or not VARIANT_KEY.fullmatch(pair[0]) for pair in settings):
-            problems.append(f"--methods: {name!r} is no METHOD or METHOD+KEY=VALUE, with a KEY of the tuning section")
+            problems.append(f"--methods: {name!r} is not METHOD or METHOD+KEY=VALUE, with a KEY of the tuning section")
         else:
             variants.append(Variant(name, method, tuple((key, value) for key, value in settings)))
     problems += [f"--methods names {name!r} twice" for name in {v.name for v in variants if variants.count(v) > 1}]

@@ -1,6 +1,6 @@
 """The row that is always there: a linear model, because a user must know whether the language model earns its cost.
 
-TF-IDF of the removed and of the added words, logistic regression. Of eight settings the one with the best dev
+TF-IDF of the removed and of the added words, logistic regression. The one of eight settings with the best dev
 macro-F1 is reported, so that nobody compares with a weak one.
 """
 

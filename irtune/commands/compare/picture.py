@@ -4,15 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # no display is needed
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from irtune.commands.compare.report import LINEAR, Row
 from irtune.commands.compare.runs import Outcome
+from irtune.files import replacing
 
 WINDOW = 5
 
@@ -20,18 +19,17 @@ WINDOW = 5
 def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path) -> None:
     """One line of panels per corpus: loss curves on the left, macro-F1 with its spread over seeds on the right."""
     corpora = list(dict.fromkeys(row["data"] for row in rows))
-    figure, panels = plt.subplots(len(corpora), 2, figsize=(12, 4 * len(corpora)), squeeze=False)
-    for data, (left, right) in zip(corpora, panels):
+    figure = Figure(figsize=(12, 4 * len(corpora)), layout="constrained")
+    for data, (left, right) in zip(corpora, figure.subplots(len(corpora), 2, squeeze=False)):
         here = [row for row in rows if row["data"] == data]
         names = [_name(row["adapter"], row["method"], rows) for row in here if row["method"] != LINEAR]
-        colours = dict(zip(names, plt.get_cmap("tab10").colors * 3))  # type: ignore[attr-defined]
+        colours = dict(zip(names, colormaps["tab10"].colors * 3))  # type: ignore[attr-defined]
         _losses(left, [o for o in outcomes if o.cell.data == data], rows, colours)
         left.set_title(f"{data}: training loss")
         _bars(right, here, rows, colours)
         right.set_title(f"{data}: dev macro-F1")
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with replacing(file) as scratch:
+        figure.savefig(scratch, dpi=120)
 
 
 def _name(adapter: str, method: str, rows: Sequence[Row]) -> str:

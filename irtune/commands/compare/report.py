@@ -10,6 +10,7 @@ from typing import Any
 from irtune.commands.compare.linear import LinearResult
 from irtune.commands.compare.runs import Outcome
 from irtune.evaluation.bootstrap import paired_bootstrap
+from irtune.files import replacing, write_text
 
 METRICS = ("accuracy", "macro_f1", "auprc")
 LINEAR = "linear baseline"
@@ -98,8 +99,8 @@ def _predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_csv(rows: Sequence[Row], file: Path) -> None:
-    """All columns, units in their names; an empty cell where there is no value."""
-    with file.open("w", newline="", encoding="utf-8") as out:
+    """All columns, units in their names; an empty cell if there is no value."""
+    with replacing(file) as scratch, scratch.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
         writer.writerows({name: row.get(name) for name in COLUMNS} for row in rows)
@@ -133,7 +134,7 @@ def write_markdown(rows: Sequence[Row], file: Path, notes: Sequence[str]) -> Non
     if failed:
         lines += ["", "Failed runs:", "", *failed]
     lines += ["", *notes, ""]
-    file.write_text("\n".join(lines), encoding="utf-8")
+    write_text(file, "\n".join(lines))
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from irtune.commands.compare.grid import Cell
 from irtune.errors import ConfigError
+from irtune.files import write_json
 
 RECORD = "compare.json"
 ERROR_LINES = 3
@@ -33,7 +34,7 @@ def check_folders(cells: list[Cell]) -> None:
     """
     problems = []
     for cell in cells:
-        before = _recorded(cell.folder)
+        before = _read(cell.folder / RECORD)
         if before is not None and before != list(cell.arguments):
             changed = [a for a in cell.arguments if a not in before] or [a for a in before if a not in cell.arguments]
             problems.append(f"{cell.folder} holds a run without {' '.join(changed)}; choose another --output_dir")
@@ -43,17 +44,17 @@ def check_folders(cells: list[Cell]) -> None:
 
 def run_cell(cell: Cell, ranks: int) -> Outcome:
     """Train `cell` on `ranks` processes of this machine, or read the results that it already has."""
-    finished = _results(cell.folder)
+    finished = _read(cell.folder / "results.json")
     if finished is not None:
         return Outcome(cell, finished)
     cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / RECORD).write_text(json.dumps(list(cell.arguments)), encoding="utf-8")
+    write_json(cell.folder / RECORD, list(cell.arguments))
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *launcher, "irtune", "train", *cell.arguments]
     output = cell.folder / "output.log"
     with output.open("a", encoding="utf-8") as out:
         status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
-    results = _results(cell.folder)
+    results = _read(cell.folder / "results.json")
     if status or results is None:
         return Outcome(cell, None, f"exit status {status}: {_error(output)}")
     return Outcome(cell, results)
@@ -66,11 +67,5 @@ def _error(output: Path) -> str:
     return said[-1] if said else " / ".join([line for line in lines if line][-ERROR_LINES:])
 
 
-def _results(folder: Path) -> dict[str, Any] | None:
-    file = folder / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _recorded(folder: Path) -> list[str] | None:
-    file = folder / RECORD
+def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,8 +1,11 @@
 """What a cell may hold: texts, labels and ids. Errors name the place and show the value, however large, in one line."""
 
+import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from irtune.errors import DataError, brief
@@ -14,6 +17,11 @@ MAX_CHARACTERS = 1_000_000  # of a text; a novel has about 500,000. Longer ones 
 MAX_LABEL = 200
 MAX_LABELS = 1_000  # of a corpus; the confusion matrix has the square of it
 _TURNS_TERMINALS = {"Cc", "Zl", "Zp"}  # control characters and line breaks
+_WHOLE = re.compile(r"-?[0-9]+")
+# A whole number as programs write it that know floats only: 12.0 (pandas, a column with a gap), 1e+05 (R).
+_WHOLE_AS_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0*")
+_SCIENTIFIC = re.compile(r"-?[0-9](\.[0-9]+)?[eE]\+[0-9]{2}")
+_TRUTH = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
 
 
 def as_text(value: Any, where: str) -> str:
@@ -35,24 +43,75 @@ def as_text(value: Any, where: str) -> str:
     return value
 
 
+def canonical(value: Any) -> Any:
+    """The one text of a whole number or a truth value, however a file writes it; other values as they are.
+
+    1, 1.0, "1.0" and Decimal("1.00") are "1"; True, "TRUE" and "True" are "true". "01", "1.5" and "1e5" stay.
+    """
+    if isinstance(value, str):
+        if value in _TRUTH:
+            return _TRUTH[value]
+        if "." not in value and "+" not in value:
+            return value
+        whole = _WHOLE_AS_FLOAT.fullmatch(value)
+        if whole is not None:
+            return "0" if whole[1] == "-0" else whole[1]
+        if _SCIENTIFIC.fullmatch(value) is None:
+            return value
+        number = float(value)
+        return str(int(number)) if number.is_integer() else value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        return str(int(value))
+    return value
+
+
+def by_number(names: Iterable[str]) -> list[str]:
+    """Labels in order: by value where all of them are whole numbers, else as texts."""
+    names = list(names)
+    if all(_WHOLE.fullmatch(name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def as_weight(value: Any, where: str) -> float:
+    """The weight of an example: a number of at least 0, or a text that is one.
+
+    Raises:
+        DataError: for anything else.
+    """
+    good = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool)
+    try:
+        weight = float(value) if good else math.nan
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise DataError(f"{where}: {brief(value)} is not a weight; accepted: a number of at least 0 (data.weight names "
+                        "the column)")  # fmt: skip
+    return weight
+
+
 def as_label(value: Any, where: str) -> str:
-    """The name of a label: text or a whole number.
+    """The name of a label: a text, a whole number or a truth value, as `canonical` writes them.
 
     Raises:
         DataError: for other types, and for names that are empty, invisible, too long, or would confuse a terminal.
     """
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError(f"{where}: {brief(value)} is no label")
-    name = str(value)
+    name = canonical(value)
+    if not isinstance(name, str):
+        raise DataError(f"{where}: {brief(value)} is not a label{_hint(value)}")
     reason = _flaw(name)
     if len(name) > MAX_LABEL:
         reason = f"it has {len(name):,} characters, and at most {MAX_LABEL} are accepted; is this the column of labels?"
     elif any(unicodedata.category(character) in _TURNS_TERMINALS for character in name):
         reason = "it holds control characters or line breaks"
     elif not _visible(name):
-        reason = "nothing of it can be seen"
+        reason = "it has no visible characters"
     if reason is not None:
-        raise DataError(f"{where}: {brief(name)} is no label: {reason}")
+        raise DataError(f"{where}: {brief(name)} is not a label: {reason}")
     return name
 
 
@@ -62,15 +121,26 @@ def as_name(value: Any, where: str, what: str, option: str) -> str:
     Raises:
         DataError: for other types, and for empty, damaged or endless ones.
     """
-    good = isinstance(value, str | int | float) and not isinstance(value, bool) and value == value  # not NaN
-    name = str(value) if good else ""
+    good = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and value == value  # not NaN
+    name = str(canonical(value)) if good else ""
     reason = _flaw(name)
     if reason is not None or not name.strip() or len(name) > 10 * MAX_LABEL:
         more = "" if reason is None else f": {reason}"
         raise DataError(
-            f"{where}: {brief(value)} is no {what}{more}; accepted: a text or a number ({option} names the column)"
+            f"{where}: {brief(value)} is an invalid {what}{more}; accepted: text or number ({option} names the column)"
         )
     return name
+
+
+def _hint(value: Any) -> str:
+    """What to do about a cell that is not a label."""
+    if isinstance(value, list | tuple | set | dict):
+        return "; an example has exactly one: write it as a text or a whole number"
+    if value is None or value != value:
+        return ": the cell is empty"
+    if isinstance(value, float | Decimal):
+        return "; accepted: a text, a whole number, or true and false (is this the column of labels?)"
+    return ""
 
 
 def _flaw(text: str) -> str | None:
@@ -80,7 +150,7 @@ def _flaw(text: str) -> str | None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            return "half of a surrogate pair, which is no character"
+            return "half of a surrogate pair, which is not a character"
     return None
 
 
@@ -103,11 +173,19 @@ def check_looks(names: Iterable[str], where: str) -> None:
 
 
 def check_names(names: Sequence[str], where: object) -> None:
-    """Raise a DataError when a column's name stands twice: which of the two is meant cannot be known."""
+    """Raise a DataError when a column's name appears twice: which of the two is meant cannot be known."""
     twice = [name for name, count in Counter(names).items() if count > 1 and name]
     if twice:
         count = names.count(twice[0])
-        raise DataError(f"{where}: the column {brief(twice[0])} stands there {count} times; rename all but one")
+        raise DataError(f"{where}: the column {brief(twice[0])} appears {count} times; rename all but one")
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of columns; of several without one, all but the first are called by their place, so that none is lost."""
+    result: list[str] = []
+    for place, name in enumerate(names, 1):
+        result.append(f"column {place}" if name == "" and "" in result and f"column {place}" not in names else name)
+    return result
 
 
 def listed(names: Iterable[Any], limit: int = 20) -> str:

@@ -1,15 +1,17 @@
-"""Rows of .parquet and .xlsx files. Both are packed: what they unpack to is looked at before it is unpacked."""
+"""Rows of .parquet, .arrow and .xlsx files. Packed ones: what they unpack to is looked at before it is unpacked."""
 
-import contextlib
+import json
+import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-from xml.parsers import expat
 
-from irtune.data.readers.cells import MAX_CHARACTERS, Columns, Row, check_names
-from irtune.errors import DataError
+from defusedxml import DefusedXmlException
+
+from irtune.data.readers.cells import MAX_CHARACTERS, Columns, Row, check_names, distinct
+from irtune.errors import DataError, brief
 
 SHEET_ROWS = 1_048_576  # what a spreadsheet can have
 BATCH = 256  # rows of a .parquet file that are Python objects at a time
@@ -22,28 +24,120 @@ def parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
     """Rows of a .parquet file, numbered from 1. Only `columns` are read.
 
     Raises:
-        DataError: for texts of more than a million characters, also where a few bytes stand for many of them.
+        DataError: for texts of more than a million characters, even if a few bytes expand to them.
     """
     import pyarrow.parquet
 
-    names = pyarrow.parquet.read_schema(path).names
+    schema = pyarrow.parquet.read_schema(path)
+    names = schema.names
     check_names(names, path)
     wanted = set(columns(names)) & set(names)
     # Texts stay numbers into a dictionary until its longest entry is known.
-    file = pyarrow.parquet.ParquetFile(path, read_dictionary=sorted(wanted))
+    texts = sorted(name for name in wanted if _is_text(schema.field(name).type))
+    file = pyarrow.parquet.ParquetFile(path, read_dictionary=texts)
     groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
     chunks = [group.column(j) for group in groups for j in range(group.num_columns)]
-    unpacked = [chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".list.")[0] in wanted]
-    _check_size(path, sum(unpacked), None)
+    nested = tuple(f"{name}." for name in wanted)
+    read = [c for c in chunks if c.path_in_schema in wanted or c.path_in_schema.startswith(nested)]
+    _check_size(path, sum(chunk.total_uncompressed_size for chunk in read), None)
+    batches = file.iter_batches(batch_size=BATCH, columns=[name for name in names if name in wanted])
+    yield from _batch_rows(path, batches, class_names(schema, path))
+
+
+def arrow_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
+    """Rows of an .arrow file, as `datasets` saves them, numbered from 1. Only `columns` become Python objects.
+
+    Raises:
+        DataError: as `parquet_rows`.
+    """
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as content:
+        for message in pyarrow.ipc.MessageReader.open_stream(content):
+            if message.type in HEADERS and _is_compressed(message.metadata.to_pybytes(), HEADERS[message.type]):
+                raise DataError(f"{path} is compressed inside, which `datasets` never does; save it as .parquet")
+        content.seek(0)
+        reader = batches = pyarrow.ipc.open_stream(content)
+        names = reader.schema.names
+        check_names(names, path)
+        wanted = set(columns(names))
+        kept = [name for name in names if name in wanted]
+        pieces = (
+            batch.slice(start, BATCH).select(kept) for batch in batches for start in range(0, batch.num_rows, BATCH)
+        )
+        yield from _batch_rows(path, pieces, class_names(reader.schema, path))
+
+
+# Fields that lead from a message of an .arrow stream to BodyCompression (Message.fbs and Schema.fbs of Apache Arrow).
+HEADERS = {"record batch": (2, 3), "dictionary": (2, 1, 3)}
+
+
+def _is_compressed(message: bytes, fields: tuple[int, ...]) -> bool:
+    """Whether a message's columns are packed: what they unpack to would be known only when they are.
+
+    A FlatBuffers table begins with the distance to its vtable, which has the place of each field (0: not there).
+    """
+    (table,) = struct.unpack_from("<I", message, 0)
+    for field in fields:
+        vtable = table - struct.unpack_from("<i", message, table)[0]
+        entry = 4 + 2 * field
+        if entry >= struct.unpack_from("<H", message, vtable)[0]:
+            return False
+        place = struct.unpack_from("<H", message, vtable + entry)[0]
+        if place == 0:
+            return False
+        table += place
+        table += struct.unpack_from("<I", message, table)[0]
+    return True
+
+
+def _batch_rows(path: Path, batches: Iterable[Any], classes: dict[str, list[str]]) -> Iterator[tuple[int, Row]]:
+    """Rows of record batches, a few Python objects at a time; numbers of classes become their names."""
     number = 0
-    for batch in file.iter_batches(batch_size=BATCH, columns=[name for name in names if name in wanted]):
+    for batch in batches:
         places = [f"{path}, column {name!r}" for name in batch.schema.names]
         longest = max((_longest(array, place) for array, place in zip(batch.columns, places)), default=0)
         step = max(1, min(BATCH, FREE // (longest + 1)))
         for start in range(0, batch.num_rows, step):
             for row in batch.slice(start, step).to_pylist():
                 number += 1
-                yield number, row
+                yield number, named_classes(row, classes)
+
+
+def class_names(schema: Any, path: Path) -> dict[str, list[str]]:
+    """Names of the classes of each column that holds numbers of classes, from what `datasets` notes in a schema.
+
+    Raises:
+        DataError: for a note that is not JSON.
+    """
+    note = (schema.metadata or {}).get(b"huggingface")
+    if note is None:
+        return {}
+    try:
+        features = json.loads(note)["info"]["features"]
+        classes = {name: kind["names"] for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: what the schema notes under 'huggingface' is damaged: {brief(note)}") from error
+    return {
+        column: names
+        for column, names in classes.items()
+        if isinstance(names, list) and all(isinstance(name, str) for name in names)
+    }
+
+
+def named_classes(row: Row, classes: dict[str, list[str]]) -> Row:
+    """`row` with names for its numbers of classes. Hidden labels of a test split are -1, which must not become one."""
+    for column, names in classes.items():
+        value = row.get(column)
+        if isinstance(value, int) and 0 <= value < len(names):
+            row[column] = names[value]
+    return row
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _longest(array: Any, where: str) -> int:
@@ -51,7 +145,7 @@ def _longest(array: Any, where: str) -> int:
     import pyarrow.compute
 
     values = array.dictionary if isinstance(array, pyarrow.DictionaryArray) else array
-    if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+    if not _is_text(values.type):
         return 0
     longest = pyarrow.compute.max(pyarrow.compute.binary_length(values)).as_py() or 0
     if longest > 4 * MAX_CHARACTERS:
@@ -65,16 +159,26 @@ def xlsx_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
     Raises:
         DataError: for formulas and error values, bombs, and sheets larger than a spreadsheet program can make.
     """
-    import openpyxl
-
     _check_book(path)
+    try:
+        yield from _sheet_rows(path, columns)
+    except ValueError as error:
+        if isinstance(error.__cause__ or error, DefusedXmlException):  # entities: a few bytes become many
+            raise DataError(f"{path}: its XML has a DOCTYPE, which no spreadsheet program writes") from error
+        raise
+
+
+def _sheet_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
+    import openpyxl  # takes defusedxml, which is installed, for all XML
+
     book = openpyxl.load_workbook(path, read_only=True, keep_links=False)
     try:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # a size that the file claims for itself would be filled up with empty cells
         lines = sheet.iter_rows()
-        header = [str(cell.value) if cell.value is not None else "" for cell in next(lines, ())]
+        header = [str(unescaped(cell.value)) if cell.value is not None else "" for cell in next(lines, ())]
         check_names(header, path)
+        header = distinct(header)
         wanted = set(columns(header)) if header else set()
         for number, line in enumerate(lines, 2):
             if number > SHEET_ROWS:
@@ -86,11 +190,26 @@ def xlsx_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
                 value = None if cell is None else cell.value
                 if value is not None and cell.data_type in ("f", "e"):
                     _refuse(f"{path}, row {number}, column {name!r}", cell)
-                row[name] = "" if value is None else value
+                row[name] = "" if value is None else unescaped(value)
             if any(value != "" for value in row.values()):
                 yield number, {name: value for name, value in row.items() if name in wanted}
     finally:
         book.close()
+
+
+def unescaped(value: Any) -> Any:
+    """The text of a cell without Office Open XML's escapes (_x000D_ for a carriage return; ST_Xstring of ECMA-376)."""
+    from openpyxl.utils.escape import unescape
+
+    if not isinstance(value, str) or "_x" not in value:
+        return value
+    text = unescape(value)
+    # A character outside of the first 65,536 is two escapes.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_surrogates(text) else text
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _refuse(where: str, cell: Any) -> None:
@@ -100,13 +219,9 @@ def _refuse(where: str, cell: Any) -> None:
 
 
 def _check_book(path: Path) -> None:
-    """Refuse an archive that is a bomb, and XML that defines entities, by which a few bytes become many."""
+    """Refuse an archive that is a bomb."""
     with zipfile.ZipFile(path) as archive:
         _check_size(path, sum(member.file_size for member in archive.infolist()), MOST)
-        for member in archive.infolist():
-            if member.filename.endswith((".xml", ".rels")):
-                with archive.open(member) as part:
-                    _check_prolog(part, path)
 
 
 def _check_size(path: Path, unpacked: int, most: int | None) -> None:
@@ -115,17 +230,3 @@ def _check_size(path: Path, unpacked: int, most: int | None) -> None:
     if unpacked > limit:
         raise DataError(f"{path} would unpack to {unpacked / 2**20:,.0f} MiB; accepted for a file of "
                         f"{path.stat().st_size / 2**20:,.1f} MiB: at most {limit / 2**20:,.0f}")  # fmt: skip
-
-
-def _check_prolog(part: Any, path: Path) -> None:
-    """Refuse a DOCTYPE, which can only stand before the first element."""
-    begun = []
-
-    def refuse(*_: Any) -> None:
-        raise DataError(f"{path}: its XML has a DOCTYPE, which no spreadsheet program writes")
-
-    parser = expat.ParserCreate()
-    parser.StartDoctypeDeclHandler, parser.StartElementHandler = refuse, lambda *_: begun.append(True)
-    with contextlib.suppress(expat.ExpatError):  # damaged XML is openpyxl's to name
-        while not begun and (block := part.read(2**16)):
-            parser.Parse(block)

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from irtune.config.schema import DataConfig
-from irtune.data.readers.cells import MAX_LABELS, Row, as_label, as_name, as_text, listed
+from irtune.data.readers.cells import MAX_LABELS, Row, as_label, as_name, as_text, as_weight, canonical, listed
 from irtune.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row that was read: its number in its file, and its label as it stands there and as `data.labels` calls it."""
+    """A row that was read: its number in its file, and its label as it is there and as `data.labels` calls it."""
 
     number: int
     id: str | None
@@ -20,6 +20,7 @@ class Record:
     raw: str
     label: str
     group: str | None
+    weight: float = 1.0
 
 
 class RecordReader:
@@ -27,8 +28,10 @@ class RecordReader:
 
     def __init__(self, where: str, data: DataConfig):
         self.where, self.data = where, data
-        self.needed = [name for name in (data.before, data.after, data.label, data.group) if name is not None]
+        columns = (data.before, data.after, data.label, data.group, data.weight)
+        self.needed = [name for name in columns if name is not None]
         self._labels: dict[str, str] = {}  # raw labels that were checked, and their names
+        self._known = known_labels(data)
 
     def columns(self, names: Sequence[str]) -> set[str]:
         """Those of the columns `names` that are needed.
@@ -48,18 +51,26 @@ class RecordReader:
         """The records of `rows`, without those whose raw label is dropped.
 
         Raises:
-            DataError: naming the row and the column.
+            DataError: naming the row and the column; when no row is left.
         """
-        dropped = set(self.data.drop_labels)
+        return self.checked(self.read(rows))
+
+    def checked(self, records: list[Record]) -> list[Record]:
+        """`records`, of which there must be some."""
+        if not records:
+            raise DataError(f"{self.where}: no rows are left without the labels {self.data.drop_labels}")
+        return records
+
+    def read(self, rows: Iterable[tuple[int, Row]]) -> list[Record]:
+        """As `records`, of a part of a split, of which nothing need be left."""
+        dropped = {canonical(name) for name in self.data.drop_labels}
         records = []
         for number, row in rows:
             for column in self.needed:
                 if column not in row:
                     raise DataError(f"{self.where}, row {number}: no column {column!r}, which other rows have")
-            if not dropped or str(row[self.data.label]) not in dropped:
+            if not dropped or str(canonical(row[self.data.label])) not in dropped:
                 records.append(self._record(number, row))
-        if not records:
-            raise DataError(f"{self.where}: no rows are left without the labels {self.data.drop_labels}")
         return records
 
     def _record(self, number: int, row: Row) -> Record:
@@ -77,18 +88,35 @@ class RecordReader:
             raw=raw,
             label=label,
             group=None if data.group is None else as_name(row[data.group], place(data.group), "document", "data.group"),
+            weight=1.0 if data.weight is None else as_weight(row[data.weight], place(data.weight)),
         )
 
     def _label(self, value: object, place: str) -> tuple[str, str]:
-        """A label as it stands in the file and as it is called."""
+        """A label as it is in the file and as `data.labels` calls it."""
         if type(value) is str and value in self._labels:
             return value, self._labels[value]
         raw = as_label(value, place)
-        known = self.data.labels
+        known = self._known
         if known is not None and raw not in known:
             raise DataError(f"{place}: unknown label {raw!r}; known: {listed(known)}")
         if known is None and raw not in self._labels and len(self._labels) >= MAX_LABELS:
             count = f"{MAX_LABELS + 1:,}th different label; accepted: at most {MAX_LABELS:,}"
             raise DataError(f"{place}: {raw!r} is the {count} (is this the column of labels?)")
-        self._labels[raw] = known[raw] if isinstance(known, dict) else raw
+        self._labels[raw] = raw if known is None else known[raw]
         return raw, self._labels[raw]
+
+
+def known_labels(data: DataConfig) -> dict[str, str] | None:
+    """From a label as `as_label` gives it to its name in `data.labels`; None where any label is accepted.
+
+    Raises:
+        DataError: for two entries that are one label and would get different names.
+    """
+    if data.labels is None:
+        return None
+    pairs = data.labels.items() if isinstance(data.labels, dict) else ((name, name) for name in data.labels)
+    known: dict[str, str] = {}
+    for raw, name in pairs:
+        if known.setdefault(canonical(raw), name) != name:
+            raise DataError(f"data.labels: {raw!r} is the label {canonical(raw)!r}, which has another entry; leave one")
+    return known

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from irtune.data.readers.cells import Columns, Row, check_names
-from irtune.data.readers.parquet_xlsx import parquet_rows, xlsx_rows
-from irtune.errors import DataError
+from irtune.data.readers.cells import Columns, Row, check_names, distinct
+from irtune.data.readers.parquet_xlsx import arrow_rows, parquet_rows, xlsx_rows
+from irtune.errors import DataError, one_line
 from irtune.redaction import redact
 
 NumberedRows = list[tuple[int, Row]]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".arrow")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z")
 MAX_LINE = 2**25  # bytes: two texts of a million characters, all of them written as \uXXXX
 MAX_JSON = 2**29  # bytes of a .json file, which is read whole
@@ -31,8 +31,10 @@ def read_table(path: Path, columns: Columns | None = None) -> NumberedRows:
     return list(table_rows(path, columns))
 
 
-def table_rows(path: Path, columns: Columns | None = None) -> Iterator[tuple[int, Row]]:
+def table_rows(path: Path, columns: Columns | None = None, *, part: bool = False) -> Iterator[tuple[int, Row]]:
     """Rows of `path` one by one, each with its number as an editor or a spreadsheet shows it.
+
+    `part`: of several files of one table, which may be without rows.
 
     Empty cells of CSV, TSV and .xlsx files are empty strings, which is what an addition or a deletion looks like.
 
@@ -41,7 +43,8 @@ def table_rows(path: Path, columns: Columns | None = None) -> Iterator[tuple[int
     """
     _check_file(path)
     empty, kind = True, path.suffix[1:].lower()
-    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "parquet": parquet_rows, "xlsx": xlsx_rows}
+    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _csv, "parquet": parquet_rows, "xlsx": xlsx_rows,
+               "arrow": arrow_rows}  # fmt: skip
     try:
         for row in readers[kind](path, columns or (lambda names: names)):
             empty = False
@@ -49,11 +52,11 @@ def table_rows(path: Path, columns: Columns | None = None) -> Iterator[tuple[int
     except DataError:
         raise
     except UnicodeDecodeError as error:
-        packed = kind in ("parquet", "xlsx")
+        packed = kind in ("parquet", "xlsx", "arrow")
         raise DataError(f"{path}: a text in it is not UTF-8" if packed else _not_utf8(path)) from error
     except Exception as error:  # pyarrow and openpyxl raise many kinds for a damaged file
-        raise DataError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
-    if empty:
+        raise DataError(f"{path} cannot be read as {kind}: {one_line(error)}") from error
+    if empty and not part:
         raise DataError(f"{path} has no rows")
 
 
@@ -110,7 +113,7 @@ def parse_json_lines(text: str, path: str) -> NumberedRows:
     """Rows of JSON lines from `path`, which is named in errors.
 
     Raises:
-        DataError: for a line that is no JSON object.
+        DataError: for a line that is not a JSON object.
     """
     rows = ((number, _object(line, path, number)) for number, line in enumerate(text.split("\n"), 1))
     return [(number, row) for number, row in rows if row is not None]
@@ -173,13 +176,14 @@ def _csv(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
                     continue
                 if not header:
                     check_names(cells, path)
-                    header, wanted = cells, set(columns(cells))
+                    header = distinct(cells)
+                    wanted = set(columns(header))
                     continue
                 if len(cells) != len(header):
-                    raise DataError(f"{path}, row {number}: has not {len(header)} cells like the header")
+                    raise DataError(f"{path}, row {number}: does not have {len(header)} cells like the header")
                 if tabs and any("\n" in cell or "\r" in cell for cell in cells):
                     raise DataError(
-                        f"{path}, row {number}: a cell goes on over the end of its line; close or double the quote it "
+                        f"{path}, row {number}: a cell runs past the end of its line; close or double the quote it "
                         "starts with, or save the corpus as .jsonl"
                     )
                 yield number, {name: cell for name, cell in zip(header, cells) if name in wanted}

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -10,39 +12,57 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from irtune.models.kernels.attention import CPU_ATTENTION
-from irtune.models.kernels.masks import heed_padding
-from irtune.models.kernels.norms import shorten_norms
-from irtune.models.kernels.rotary import shorten_rotary
+from irtune.models.kernels.masks import track_padding
 
-__all__ = ["add_fused_kernels", "attention_kernel", "compile_layers", "heed_padding", "shorten_on_cpus"]
+__all__ = ["add_fused_kernels", "attention_kernel", "compile_layers", "takes_any_kernel", "track_padding"]
 
 log = logging.getLogger("irtune")
 COMBINATIONS = 64  # of what a compiled layer depends on
 
 
-def attention_kernel(wanted: str, dtype: torch.dtype) -> str:
-    """The attention implementation to load a model with, for `model.attn_implementation` and its number format.
+def attention_kernel(wanted: str, dtype: torch.dtype, kind: type[Any], *, on_cpu: bool | None = None) -> str:
+    """The attention implementation that a model of the class `kind` gets for `model.attn_implementation`.
 
-    Says so where the package of the wanted one is missing; sdpa is taken then.
+    One that the class does not have, or whose package is missing, is replaced by one that it has; that is said once.
+
+    Args:
+        wanted: sdpa, eager or flash_attention_2.
+        dtype: number format of the model.
+        kind: a class of transformers.
+        on_cpu: whether the model runs on a CPU (None: whether this machine has no GPU).
     """
+    on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+    if wanted == "flash_attention_2" and not getattr(kind, "_supports_flash_attn", False):
+        _say_once(f"{kind.__name__} has no flash attention in transformers; sdpa is used instead")
+        wanted = "sdpa"
     if wanted == "flash_attention_2" and not is_flash_attn_2_available():
-        log.warning(
+        _say_once(
             "model.attn_implementation flash_attention_2 needs the package flash-attn, which is not installed here; "
             "sdpa is used instead"
         )
         wanted = "sdpa"
-    on_cpu = not torch.cuda.is_available()
-    return CPU_ATTENTION if on_cpu and wanted == "sdpa" and dtype == torch.bfloat16 else wanted
+    if wanted == "sdpa" and not getattr(kind, "_supports_sdpa", False):
+        _say_once(f"{kind.__name__} has no sdpa attention in transformers; its own (eager) is used instead")
+        wanted = "eager"
+    if wanted == "sdpa" and on_cpu and dtype == torch.bfloat16:
+        if takes_any_kernel(kind):
+            return CPU_ATTENTION
+        _say_once(f"{kind.__name__} takes no other attention than its own, and keeps it on this CPU")
+    return wanted
 
 
-def shorten_on_cpus(model: nn.Module, *, compiled: bool) -> None:
-    """Let a training step in bf16 on CPUs go over memory less often: norms and rotary embeddings, in place.
+def takes_any_kernel(kind: type[Any]) -> bool:
+    """Whether a class of transformers declares that its attention is whatever `AttentionInterface` holds.
 
-    Of layers that are `compiled`, norms only: torch.compile cannot see through the other rotation, and fuses its own.
+    Classes that do not declare it may still accept a registered name, and then add a boolean mask to their scores.
     """
-    shorten_norms(model)
-    if not compiled:
-        shorten_rotary(model)
+    declared = getattr(kind, "_supports_sdpa", False) and getattr(kind, "_supports_attention_backend", False)
+    return bool(declared) and kind._can_set_attn_implementation()
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    log.warning("%s", sentence)
 
 
 def add_fused_kernels(model: nn.Module) -> None:
@@ -64,10 +84,10 @@ def add_fused_kernels(model: nn.Module) -> None:
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Compile each layer by itself, with lengths that may change, in place.
 
-    A layer is compiled anew for each combination of trained or frozen, with or without an update, with or without a
+    A layer is compiled once for each combination of trained or frozen, with or without an update, with or without a
     gradient of its input, recomputed or not, training or evaluation; all layers of one kind share them.
     """
-    # By default torch goes on without compiling after 8 of them.
+    # By default torch stops compiling after 8 of them.
     torch._dynamo.config.recompile_limit = max(COMBINATIONS, torch._dynamo.config.recompile_limit)
     for layer in layers:
         layer.compile(dynamic=True)

@@ -1,5 +1,8 @@
 """Attention on CPUs in bf16: two batched products for short texts, fp32 for long ones."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +14,19 @@ from irtune.models.kernels.masks import sdpa_mask_by_mark
 
 CPU_ATTENTION = "cpu_bf16"
 SHORT = 512  # keys, up to which probabilities are kept
+
+
+_as_in_training: ContextVar[bool] = ContextVar("as_in_training", default=False)
+
+
+@contextmanager
+def as_in_training() -> Iterator[None]:
+    """Inside, evaluation takes the attention of training, which can then be compared without dropout."""
+    token = _as_in_training.set(True)
+    try:
+        yield
+    finally:
+        _as_in_training.reset(token)
 
 
 def attention_on_cpus(
@@ -27,7 +43,7 @@ def attention_on_cpus(
     flash kernel is slower than that of the fp32 one.
     Evaluation has no backward pass, and stays bit for bit what the model computes elsewhere.
     """
-    if not module.training:
+    if not (module.training or _as_in_training.get()):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if is_short(key, options):
         return attention_by_products(module, query, key, value, attention_mask, **options)

@@ -2,7 +2,7 @@
 
 transformers leaves the mask of torch's fused attention out where no example is padded, and reads the padding mask on
 the host to find out. `data.collate` knows, and notes it on the mask: an attribute `padded`, true where it holds a 0.
-A model that `heed_padding` has seen makes the same masks without that read. Masks without the attribute are read.
+A model that `track_padding` has seen makes the same masks without that read. Masks without the attribute are read.
 """
 
 from contextvars import ContextVar
@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 _padded: ContextVar[bool | None] = ContextVar("padded", default=None)  # None: not known
 
 
-def heed_padding(model: nn.Module) -> None:
+def track_padding(model: nn.Module) -> None:
     """Let a model of transformers that is called with an `attention_mask` of collate's not read it on the host."""
 
     def enter(_module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ def sdpa_mask_by_mark(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     if padded:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     elif padded is False and mask is not None and mask.shape[-1] == kwargs["q_length"] == kwargs["kv_length"]:
-        kwargs["attention_mask"] = None  # neither a prefix nor a cache stands before it
+        kwargs["attention_mask"] = None  # neither a prefix nor a cache precedes it
     return sdpa_mask(*args, **kwargs)
 
 

@@ -2,11 +2,12 @@
 
 from typing import Literal
 
+from irtune.config.declarations import Method
 from irtune.selection.chooser import Chooser, Observation
 
 
 class CyclicChooser(Chooser):
-    """Cuts the layers into blocks of `count` neighbours and visits them in `order`; random: anew in every round."""
+    """Cuts the layers into blocks of `count` neighbours and visits them in `order`; random: redrawn every round."""
 
     def __init__(
         self,
@@ -37,3 +38,14 @@ class CyclicChooser(Chooser):
         elif self.order == "random":
             self.random(round_).shuffle(order)
         return self.blocks[order[position]]
+
+
+METHOD = Method(
+    name="cyclic",
+    summary="blocks of layers in turn",
+    from_config=lambda tuning, candidates: CyclicChooser(
+        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count, order=tuning.order
+    ),
+    takes_budget=True,
+    budget=1,
+)

@@ -7,6 +7,7 @@ p = softmax(m / tau); `count` layers (gamma) are drawn without replacement; m is
 import math
 from collections.abc import Sequence
 
+from irtune.config.declarations import Method
 from irtune.selection.chooser import Observation, weighted_sample
 from irtune.selection.methods.topk import TopKChooser
 
@@ -45,3 +46,21 @@ class GrassChooser(TopKChooser):
         highest = max(self.scores)
         weights = [math.exp((score - highest) / self.temperature) for score in self.scores]
         return [weight / sum(weights) for weight in weights]
+
+
+METHOD = Method(
+    name="grass",
+    summary="layers drawn by their gradient norms",
+    from_config=lambda tuning, candidates: GrassChooser(
+        candidates.num_layers,
+        tuning.interval,
+        candidates.seed,
+        count=candidates.count,
+        sizes=candidates.sizes,
+        temperature=tuning.temperature,
+        ema=tuning.ema,
+    ),
+    takes_budget=True,
+    budget=0.25,
+    needs={"tuning.score": ("rms", "is defined for mean gradient norms")},
+)

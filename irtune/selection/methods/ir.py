@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
-from irtune.selection.chooser import Chooser, Observation
-from irtune.selection.split import raise_lowest, split_layers
+from irtune.config.declarations import Method
+from irtune.config.schema import TuningConfig
+from irtune.selection.chooser import Candidates, Chooser, Observation
+from irtune.selection.split import REFERENCE_WINDOW, raise_lowest, split_layers
 
 
 class IRChooser(Chooser):
@@ -64,3 +66,42 @@ class IRChooser(Chooser):
         """Take over remembered scores and the count of bad selections."""
         self.scores = list(state["scores"])
         self.bad_in_a_row = int(state["bad_in_a_row"])
+
+
+def _from_config(tuning: TuningConfig, candidates: Candidates) -> IRChooser:
+    share = None if tuning.budget is None else candidates.count / candidates.num_layers
+    return IRChooser(
+        candidates.num_layers,
+        tuning.interval,
+        candidates.seed,
+        rule=tuning.rule,
+        num_splits=tuning.num_splits,
+        min_fraction=tuning.min_fraction if share is None else share,
+        max_fraction=tuning.max_fraction if share is None else share,
+        ema=tuning.ema,
+        random_first=tuning.first == "random_half",
+        cost_weight=tuning.cost_weight,
+    )
+
+
+def _largest(tuning: TuningConfig, num_layers: int) -> int:
+    """The most layers that the rule selects."""
+    if tuning.rule == "reference":
+        return num_layers - int(REFERENCE_WINDOW[0] * num_layers)
+    return min(num_layers, max(1, math.floor(tuning.max_fraction * num_layers + 1e-9)))
+
+
+METHOD = Method(
+    name="ir",
+    summary="layers whose gradient norms stand out",
+    from_config=_from_config,
+    takes_budget=True,
+    largest=_largest,
+    keys=("tuning.cost_weight",),
+    refuses=(
+        (
+            {"tuning.budget": ..., "tuning.rule": "reference"},
+            "tuning.budget cannot be kept by tuning.rule reference, which has limits of its own; use otsu",
+        ),
+    ),
+)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from irtune.config.declarations import Method
 from irtune.selection.chooser import Chooser, Observation, sigmoid, weighted_sample
 
 TRIAL_INTERVAL = 10
@@ -66,3 +67,16 @@ class IstChooser(Chooser):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the importance of each layer."""
         self.importance = list(state["importance"])
+
+
+METHOD = Method(
+    name="ist",
+    summary="layers drawn by learnt importance",
+    from_config=lambda tuning, candidates: IstChooser(
+        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count
+    ),
+    takes_budget=True,
+    budget=0.25,
+    suppresses=True,
+    fills={"tuning.interval": 1},
+)

@@ -1,5 +1,6 @@
 """LISA: a few layers uniformly at random, for K steps at a time (Pan et al., NeurIPS 2024, algorithm 1)."""
 
+from irtune.config.declarations import Method
 from irtune.selection.chooser import Chooser, Observation
 
 
@@ -24,3 +25,25 @@ class RandomChooser(LisaChooser):
 
     def __init__(self, num_layers: int, interval: int = 1, seed: int = 0, *, count: int = 1):
         super().__init__(num_layers, interval, seed, count=count)
+
+
+LISA = Method(
+    name="lisa",
+    summary="a few random layers for tuning.interval steps",
+    from_config=lambda tuning, candidates: LisaChooser(
+        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count
+    ),
+    takes_budget=True,
+    budget=2,
+    fills_with={"none": {"adapter.embeddings": True}},  # LISA's always trained parts, with the head
+)
+RST = Method(
+    name="rst",
+    summary="random layers at every step",
+    from_config=lambda tuning, candidates: RandomChooser(
+        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count
+    ),
+    takes_budget=True,
+    budget=0.125,
+    fills={"tuning.interval": 1},
+)

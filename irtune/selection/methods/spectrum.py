@@ -8,6 +8,7 @@ choice is made once.
 
 from collections.abc import Mapping, Sequence
 
+from irtune.config.declarations import Method
 from irtune.selection.methods.fixed import FixedChooser
 
 
@@ -26,3 +27,16 @@ def top_by_votes(ratios: Mapping[str, Sequence[float]], num_layers: int, count: 
             votes[layer] += rank < count
             ranks[layer] += rank
     return sorted(sorted(range(num_layers), key=lambda i: (-votes[i], ranks[i], i))[:count])
+
+
+METHOD = Method(
+    name="spectrum",
+    summary="layers by the signal-to-noise ratio of their weights, once",
+    from_config=lambda tuning, candidates: SpectrumChooser(
+        candidates.num_layers, candidates.seed, count=candidates.count, ratios=candidates.ratios
+    ),
+    takes_budget=True,
+    budget=0.25,
+    repeats=False,
+    needs_ratios=True,
+)

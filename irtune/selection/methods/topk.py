@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from irtune.config.declarations import Method
 from irtune.selection.chooser import Chooser, Observation
 
 
@@ -44,3 +45,14 @@ class TopKChooser(Chooser):
         """Take over remembered scores and the count of bad selections."""
         self.scores = list(state["scores"])
         self.bad_in_a_row = int(state["bad_in_a_row"])
+
+
+METHOD = Method(
+    name="topk",
+    summary="the highest scores",
+    from_config=lambda tuning, candidates: TopKChooser(
+        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count
+    ),
+    takes_budget=True,
+    budget=0.25,
+)

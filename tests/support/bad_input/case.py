@@ -75,7 +75,6 @@ class Case:
 
     build: makes it and returns the command to start.
     told: words of the message, dots for the rest; or, where it is handled, how.
-    where: the file of irtune/ that has the words.
     check: for handled ones: gets standard output and the box.
     most_mib: MiB by which the process may grow.
     """
@@ -83,7 +82,6 @@ class Case:
     name: str
     build: Callable[[Box], list[str]]
     told: str
-    where: str = ""
     check: Callable[[str, Box], None] | None = None
     most_mib: int | None = None
 

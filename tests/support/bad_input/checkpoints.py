@@ -13,7 +13,6 @@ import torch
 from irtune.train.checkpoint import MANIFEST, OPTIMIZER, STATE, TRAINABLE, Checkpoints
 from tests.support.bad_input.case import Box, Case
 
-CHECKPOINT, PREPARE = "checkpoint.py", "prepare.py"
 DEEP = "[" * 100_000
 
 
@@ -95,32 +94,32 @@ def pointer(content: bytes, *, keep: bool = False):
     return change
 
 
-NONE_WHOLE = "holds no checkpoint that is whole (...); remove the folder to start anew"
+NONE_WHOLE = "holds no undamaged checkpoint (...); remove the folder to start again"
 CASES = [
-    Case("a flipped bit in the adapters", checkpoint(flipped(TRAINABLE)), "step_1: ... has another checksum than when it was written", CHECKPOINT),
-    Case("a flipped bit in the optimizer's state", checkpoint(flipped(OPTIMIZER)), "has another checksum than when it was written", CHECKPOINT),
-    Case("a flipped bit in state.json", checkpoint(flipped(STATE)), "has another checksum than when it was written", CHECKPOINT),
-    Case("a file that is cut", checkpoint(cut(TRAINABLE)), "trainable.safetensors has ... bytes, not ...", CHECKPOINT),
-    Case("a file that is missing", checkpoint(lambda step: (step / OPTIMIZER).unlink()), "optimizer.safetensors is missing", CHECKPOINT),
-    Case("a checkpoint without manifest", checkpoint(lambda step: (step / MANIFEST).unlink()), "manifest.json cannot be read (...)", CHECKPOINT),
-    Case("a manifest that is cut", checkpoint(cut(MANIFEST)), "manifest.json cannot be read (...)", CHECKPOINT),
-    Case("a manifest that is a list", checkpoint(manifest("[]")), "manifest.json cannot be read (...)", CHECKPOINT),
-    Case("a manifest that is not UTF-8", checkpoint(manifest(b"\xff{}")), "manifest.json cannot be read (...)", CHECKPOINT),
-    Case("a manifest of 100,000 brackets", checkpoint(manifest(DEEP)), "manifest.json cannot be read (...)", CHECKPOINT),
-    Case("a manifest that names too few files", checkpoint(manifest("{}")), "manifest.json is incomplete", CHECKPOINT),
+    Case("a flipped bit in the adapters", checkpoint(flipped(TRAINABLE)), "step_1: ... has a different checksum than when it was written"),
+    Case("a flipped bit in the optimizer's state", checkpoint(flipped(OPTIMIZER)), "has a different checksum than when it was written"),
+    Case("a flipped bit in state.json", checkpoint(flipped(STATE)), "has a different checksum than when it was written"),
+    Case("a file that is cut", checkpoint(cut(TRAINABLE)), "trainable.safetensors has ... bytes, not ..."),
+    Case("a file that is missing", checkpoint(lambda step: (step / OPTIMIZER).unlink()), "optimizer.safetensors is missing"),
+    Case("a checkpoint without manifest", checkpoint(lambda step: (step / MANIFEST).unlink()), "manifest.json cannot be read (...)"),
+    Case("a manifest that is cut", checkpoint(cut(MANIFEST)), "manifest.json cannot be read (...)"),
+    Case("a manifest that is a list", checkpoint(manifest("[]")), "manifest.json cannot be read (...)"),
+    Case("a manifest that is not UTF-8", checkpoint(manifest(b"\xff{}")), "manifest.json cannot be read (...)"),
+    Case("a manifest of 100,000 brackets", checkpoint(manifest(DEEP)), "manifest.json cannot be read (...)"),
+    Case("a manifest that names too few files", checkpoint(manifest("{}")), "manifest.json is incomplete"),
     Case("a manifest with sizes that are no numbers", checkpoint(manifest(json.dumps(
-        {name: {"bytes": float("nan"), "sha256": None} for name in (TRAINABLE, OPTIMIZER, STATE)}))), "has ... bytes, not nan", CHECKPOINT),
-    Case("a manifest that leads out of its folder", checkpoint(adds("../../../secret")), "../../../secret is missing", CHECKPOINT),
-    Case("a pointer that leads out of its folder", checkpoint(pointer(b"../../step_1", keep=True)), NONE_WHOLE, CHECKPOINT),
-    Case("a pointer that is not UTF-8", checkpoint(pointer(b"step_\xff", keep=True)), NONE_WHOLE, CHECKPOINT),
-    Case("a pointer to a step that is missing", checkpoint(pointer(b"step_7")), NONE_WHOLE, CHECKPOINT),
-    Case("a step that is a link to another folder", checkpoint(linked), "is a link", CHECKPOINT),
-    Case("a file of a checkpoint that is a link", checkpoint(linked_file), "is a link", CHECKPOINT),
-    Case("a step whose number is no number", checkpoint(odd_number), NONE_WHOLE, CHECKPOINT),
-    Case("a state.json that is a list", checkpoint(signed(STATE, "[]")), "is no readable checkpoint: ...", CHECKPOINT),
-    Case("a state.json of 100,000 brackets", checkpoint(signed(STATE, DEEP)), "is no readable checkpoint: ...", CHECKPOINT),
-    Case("a state.json without the run's settings", checkpoint(signed(STATE, "{}")), "is no readable checkpoint: ...", CHECKPOINT),
-    Case("a checkpoint of another run", checkpoint(lambda step: None), "cannot be continued: ...", PREPARE),
-    Case("a folder to resume that is not there", checkpoint(lambda step: None, resume="step_9"), "run.resume is ...; accepted: auto, never, or a checkpoint folder", PREPARE),
-    Case("a folder to resume that is damaged", checkpoint(flipped(STATE), resume="step_1"), "is damaged: ...", PREPARE),
+        {name: {"bytes": float("nan"), "sha256": None} for name in (TRAINABLE, OPTIMIZER, STATE)}))), "has ... bytes, not nan"),
+    Case("a manifest that leads out of its folder", checkpoint(adds("../../../secret")), "../../../secret is missing"),
+    Case("a pointer that leads out of its folder", checkpoint(pointer(b"../../step_1", keep=True)), NONE_WHOLE),
+    Case("a pointer that is not UTF-8", checkpoint(pointer(b"step_\xff", keep=True)), NONE_WHOLE),
+    Case("a pointer to a step that is missing", checkpoint(pointer(b"step_7")), NONE_WHOLE),
+    Case("a step that is a link to another folder", checkpoint(linked), "is a link"),
+    Case("a file of a checkpoint that is a link", checkpoint(linked_file), "is a link"),
+    Case("a step whose number is no number", checkpoint(odd_number), NONE_WHOLE),
+    Case("a state.json that is a list", checkpoint(signed(STATE, "[]")), "is not a readable checkpoint: ..."),
+    Case("a state.json of 100,000 brackets", checkpoint(signed(STATE, DEEP)), "is not a readable checkpoint: ..."),
+    Case("a state.json without the run's settings", checkpoint(signed(STATE, "{}")), "is not a readable checkpoint: ..."),
+    Case("a checkpoint of another run", checkpoint(lambda step: None), "cannot be continued: ..."),
+    Case("a folder to resume that is not there", checkpoint(lambda step: None, resume="step_9"), "run.resume is ...; accepted: auto, never, or a checkpoint folder"),
+    Case("a folder to resume that is damaged", checkpoint(flipped(STATE), resume="step_1"), "is damaged: ..."),
 ]  # fmt: skip

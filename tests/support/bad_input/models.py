@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.bad_input.case import Box, Case
 
-MODELS, PREPARE = "models.py", "prepare.py"
-
 
 def model(change: Callable[[Path], object], *options: str):
     """Train on a copy of the tiny model that `change` has spoilt."""
@@ -129,27 +127,27 @@ def own_code(where: str):
 
 
 CASES = [
-    Case("no such model folder", lambda box: box.train("--model.name_or_path", "./no/model"), "model.name_or_path: there is no folder ...", MODELS),
-    Case("a file as model", lambda box: box.train("--model.name_or_path", str(box.write("model", ""))), "model.name_or_path: there is no folder ...", MODELS),
-    Case("a model folder without config.json", model(without("config.json")), "model.name_or_path: no ... can be loaded from ...", MODELS),
-    Case("a config.json that is cut", model(spoilt("config.json", '{"model_type": ')), "model.name_or_path: no ... can be loaded from ...", MODELS),
-    Case("a model type that nobody knows", model(settings(model_type="evil")), "model.name_or_path: no ... can be loaded from ...", MODELS),
-    Case("a model without a tokenizer", model(without("tokenizer*")), "model.name_or_path: no tokenizer can be loaded from ...", MODELS),
-    Case("a tokenizer.json that is cut", model(spoilt("tokenizer.json", '{"version": ')), "model.name_or_path: no tokenizer can be loaded from ...", MODELS),
-    Case("a model without weights", model(without("model.safetensors")), "model.name_or_path: no model can be loaded from ...", MODELS),
-    Case("weights that are cut", model(cut_weights), "model.name_or_path: no model can be loaded from ...", MODELS),
-    Case("weights with a damaged header", model(flipped_header), "model.name_or_path: no model can be loaded from ...", MODELS),
-    Case("a missing shard", model(missing_shard), "lacks ... (... of the ... files that ... names are missing)", MODELS),
-    Case("an index whose shards are outside of the folder", model(outside_shard), "names ..., which is outside of the folder", MODELS),
-    Case("an index that is a list", model(spoilt_index), "does not say which file holds which weight: ...", MODELS),
-    Case("pickled weights", model(pickled), "has no weights in safetensors files, and pickles (...) can run code when they are read", MODELS),
-    Case("a layer that is in no file", model(lost_layer), "... is not in the files (... such weights in the layers)", MODELS),
-    Case("weights of another shape", model(settings(intermediate_size=48)), "has another shape in the files than in config.json", MODELS),
-    Case("a tokenizer of another model", model(settings(vocab_size=3)), "tokenizer and model do not belong together", MODELS),
-    Case("an encoder-decoder model", model(settings(is_encoder_decoder=True)), "is an encoder-decoder model, which has two lists of layers", MODELS),
-    Case("inputs longer than the model has positions", model(settings(max_position_embeddings=64)), "has positions for ... tokens; accepted: at most ...", PREPARE),
-    Case("a model that brings code", model(own_code("config.json")), "model.name_or_path: no ... can be loaded from ...", MODELS),
-    Case("a tokenizer that brings code", model(own_code("tokenizer_config.json")), "model.name_or_path: no tokenizer can be loaded from ...", MODELS),
+    Case("no such model folder", lambda box: box.train("--model.name_or_path", "./no/model"), "model.name_or_path: there is no folder ..."),
+    Case("a file as model", lambda box: box.train("--model.name_or_path", str(box.write("model", ""))), "model.name_or_path: there is no folder ..."),
+    Case("a model folder without config.json", model(without("config.json")), "model.name_or_path: no ... can be loaded from ..."),
+    Case("a config.json that is cut", model(spoilt("config.json", '{"model_type": ')), "model.name_or_path: no ... can be loaded from ..."),
+    Case("a model type that nobody knows", model(settings(model_type="evil")), "model.name_or_path: no ... can be loaded from ..."),
+    Case("a model without a tokenizer", model(without("tokenizer*")), "model.name_or_path: no tokenizer can be loaded from ..."),
+    Case("a tokenizer.json that is cut", model(spoilt("tokenizer.json", '{"version": ')), "model.name_or_path: no tokenizer can be loaded from ..."),
+    Case("a model without weights", model(without("model.safetensors")), "model.name_or_path: no model can be loaded from ..."),
+    Case("weights that are cut", model(cut_weights), "model.name_or_path: no model can be loaded from ..."),
+    Case("weights with a damaged header", model(flipped_header), "model.name_or_path: no model can be loaded from ..."),
+    Case("a missing shard", model(missing_shard), "lacks ... (... of the ... files that ... names are missing)"),
+    Case("an index whose shards are outside of the folder", model(outside_shard), "names ..., which is outside of the folder"),
+    Case("an index that is a list", model(spoilt_index), "does not say which file holds which weight: ..."),
+    Case("pickled weights", model(pickled), "has no weights in safetensors files, and pickles (...) can run code when they are read"),
+    Case("a layer that is in no file", model(lost_layer), "... is not in the files (... such weights in the layers)"),
+    Case("weights of another shape", model(settings(intermediate_size=48)), "has another shape in the files than in config.json"),
+    Case("a tokenizer of another model", model(settings(vocab_size=3)), "tokenizer and model do not belong together"),
+    Case("an encoder-decoder model", model(settings(is_encoder_decoder=True)), "is an encoder-decoder model, which has two lists of layers"),
+    Case("inputs longer than the model has positions", model(settings(max_position_embeddings=64)), "has positions for ... tokens; accepted: at most ..."),
+    Case("a model that brings code", model(own_code("config.json")), "model.name_or_path: no ... can be loaded from ..."),
+    Case("a tokenizer that brings code", model(own_code("tokenizer_config.json")), "model.name_or_path: no tokenizer can be loaded from ..."),
     Case("target modules that the model has not", model(lambda folder: None, "--adapter.target_modules=[nothing]"),
-         "matches no linear module of a layer; they are: ...", "adapters/low_rank.py"),
+         "matches no linear module of a layer; they are: ..."),
 ]  # fmt: skip

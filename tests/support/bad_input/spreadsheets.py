@@ -15,7 +15,6 @@ import pyarrow.parquet
 from tests.support.bad_input.case import DEV, TRAIN, Box, Case
 from tests.support.bad_input.corpora import counts
 
-BINARY, CELLS, TABLES, HUB = "data/binary.py", "data/cells.py", "data/tables.py", "data/hub.py"
 HEADER = ("before", "after", "label")
 GOOD = [tuple(row.values()) for row in TRAIN]
 NAMESPACE = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
@@ -124,6 +123,11 @@ def table(**changed: object):
     return lambda box: box.on(beside_dev(box, "train.parquet", parquet(columns(**changed))))
 
 
+def table_with(note: bytes):
+    made = columns().replace_schema_metadata({b"huggingface": note})
+    return lambda box: box.on(beside_dev(box, "train.parquet", parquet(made)))
+
+
 def dictionary_bomb(box: Box) -> list[str]:
     """A hundred thousand rows that are all the same text of 5 MB."""
     indices = pyarrow.array([0] * 10**5, pyarrow.int32())
@@ -137,6 +141,20 @@ def page_bomb(box: Box) -> list[str]:
     """A text of 100 MB in a file of some kilobytes."""
     whole = columns(before=["a" * 10**8, "c", "e", "g"])
     return box.on(beside_dev(box, "train.parquet", parquet(whole, compression="zstd", use_dictionary=False)))
+
+
+def arrow(table: pyarrow.Table, compression: str | None = None) -> bytes:
+    out = io.BytesIO()
+    with pyarrow.ipc.new_stream(out, table.schema, options=pyarrow.ipc.IpcWriteOptions(compression=compression)) as to:
+        to.write_table(table)
+    return out.getvalue()
+
+
+def arrow_bomb(box: Box) -> list[str]:
+    """A text of 100 MB in a file of some kilobytes."""
+    content = arrow(columns(before=["a" * 10**8, "c", "e", "g"]), "zstd")
+    assert len(content) < 10**5
+    return box.on(beside_dev(box, "train.arrow", content))
 
 
 def pickled_type(box: Box) -> list[str]:
@@ -182,29 +200,34 @@ def hub(box: Box) -> list[str]:
 
 
 CASES = [
-    Case("a formula", xlsx(HEADER, *GOOD, ("=1+1", "b", "x")), "row 6, column 'before': a formula (=1+1); save values only", BINARY),
-    Case("a formula that would run a program", xlsx(HEADER, *GOOD, ("=cmd|'/c calc'!A1", "b", "x")), "a formula (...); save values only", BINARY),
-    Case("the error value of a formula", error_value, "row 2, column 'before': the error value #REF! of a formula", BINARY),
-    Case("a date where a text belongs", xlsx(HEADER, *GOOD, (date(2024, 1, 2), "b", "x")), "row 6, column 'before': expected text, not the datetime ...", CELLS),
-    Case("a column twice in a sheet", xlsx((*HEADER, "label"), ("a", "b", "x", "y")), "the column 'label' stands there 2 times", CELLS),
-    Case("a book that is no archive", raw("train.xlsx", b"PK\x03\x04 nonsense"), "cannot be read as xlsx: ...", TABLES),
-    Case("a book that is cut", raw("train.xlsx", good_cut(book(HEADER, *GOOD))), "cannot be read as xlsx: ...", TABLES),
-    Case("an archive without a book", raw("train.xlsx", b"PK\x05\x06" + b"\0" * 18), "cannot be read as xlsx: ...", TABLES),
-    Case("an empty sheet", xlsx(), "has no rows", TABLES),
-    Case("a zip bomb, 256 MiB unpacked", sheet_bomb, "would unpack to ... MiB; accepted for a file of ... MiB: at most ...", BINARY, most_mib=50),
-    Case("a cell of 40 MiB (.xlsx)", text_bomb, "a text of ... characters; accepted: at most ...", CELLS, most_mib=200),
-    Case("XML entities of entities, a billion written out", entities, "its XML has a DOCTYPE, which no spreadsheet program writes", BINARY, most_mib=50),
-    Case("an XML entity that is another file", outside_file, "its XML has a DOCTYPE, which no spreadsheet program writes", BINARY),
+    Case("a formula", xlsx(HEADER, *GOOD, ("=1+1", "b", "x")), "row 6, column 'before': a formula (=1+1); save values only"),
+    Case("a formula that would run a program", xlsx(HEADER, *GOOD, ("=cmd|'/c calc'!A1", "b", "x")), "a formula (...); save values only"),
+    Case("the error value of a formula", error_value, "row 2, column 'before': the error value #REF! of a formula"),
+    Case("a date where a text belongs", xlsx(HEADER, *GOOD, (date(2024, 1, 2), "b", "x")), "row 6, column 'before': expected text, not the datetime ..."),
+    Case("a column twice in a sheet", xlsx((*HEADER, "label"), ("a", "b", "x", "y")), "the column 'label' appears 2 times"),
+    Case("a book that is no archive", raw("train.xlsx", b"PK\x03\x04 nonsense"), "cannot be read as xlsx: ..."),
+    Case("a book that is cut", raw("train.xlsx", good_cut(book(HEADER, *GOOD))), "cannot be read as xlsx: ..."),
+    Case("an archive without a book", raw("train.xlsx", b"PK\x05\x06" + b"\0" * 18), "cannot be read as xlsx: ..."),
+    Case("an empty sheet", xlsx(), "has no rows"),
+    Case("a zip bomb, 256 MiB unpacked", sheet_bomb, "would unpack to ... MiB; accepted for a file of ... MiB: at most ...", most_mib=50),
+    Case("a cell of 40 MiB (.xlsx)", text_bomb, "a text of ... characters; accepted: at most ...", most_mib=200),
+    Case("XML entities of entities, a billion written out", entities, "its XML has a DOCTYPE, which no spreadsheet program writes", most_mib=50),
+    Case("an XML entity that is another file", outside_file, "its XML has a DOCTYPE, which no spreadsheet program writes"),
     Case("a sheet that claims a million rows of 16,384 columns", claims, "the rows that are there are read", check=counts(4, ["x", "y"]), most_mib=50),
-    Case("a row with the number 999,999,999", far_row, "more than ... rows, which no sheet has", BINARY, most_mib=50),
-    Case("a .parquet file that is cut", raw("train.parquet", good_cut(parquet(columns()))), "cannot be read as parquet: ...", TABLES),
-    Case("a .parquet file of four bytes", raw("train.parquet", b"PAR1"), "cannot be read as parquet: ...", TABLES),
-    Case("a hundred thousand times the same text of 5 MB", dictionary_bomb, "a text of ... bytes; accepted: at most ...", BINARY, most_mib=50),
-    Case("a text of 100 MB that packs to kilobytes", page_bomb, "would unpack to ... MiB; accepted for a file of ... MiB: at most ...", BINARY, most_mib=50),
-    Case("bytes where a text belongs", table(before=[b"a", b"c", b"e", b"g"]), "column 'before': expected text, not the bytes ...", CELLS),
-    Case("labels with a gap (1.0 and NaN)", table(label=[1.0, 2.0, float("nan"), 1.0]), "row 1, column 'label': 1.0 is no label", CELLS),
-    Case("a text that is not UTF-8 (.parquet)", broken_text, "a text in it is not UTF-8", TABLES),
-    Case("a column twice (.parquet)", twice, "the column 'label' stands there 2 times", CELLS),
+    Case("a row with the number 999,999,999", far_row, "more than ... rows, which no sheet has", most_mib=50),
+    Case("a .parquet file that is cut", raw("train.parquet", good_cut(parquet(columns()))), "cannot be read as parquet: ..."),
+    Case("a .parquet file of four bytes", raw("train.parquet", b"PAR1"), "cannot be read as parquet: ..."),
+    Case("an .arrow file that is cut", raw("train.arrow", good_cut(arrow(columns()))), "cannot be read as arrow: ..."),
+    Case("an .arrow file of another kind", raw("train.arrow", b"ARROW1\0\0 nonsense"), "cannot be read as arrow: ..."),
+    Case("a text of 100 MB that packs to kilobytes (.arrow)", arrow_bomb, "is compressed inside, which `datasets` never does", most_mib=50),
+    Case("a hundred thousand times the same text of 5 MB", dictionary_bomb, "a text of ... bytes; accepted: at most ...", most_mib=50),
+    Case("a text of 100 MB that packs to kilobytes", page_bomb, "would unpack to ... MiB; accepted for a file of ... MiB: at most ...", most_mib=50),
+    Case("bytes where a text belongs", table(before=[b"a", b"c", b"e", b"g"]), "column 'before': expected text, not the bytes ..."),
+    Case("labels with a gap (1.0 and NaN)", table(label=[1.0, 2.0, float("nan"), 1.0]), "row 3, column 'label': nan is not a label: the cell is empty"),
+    Case("lists as labels (.parquet)", table(label=[["x"], ["y"], ["x"], ["y"]]), "row 1, column 'label': ['x'] is not a label; an example has exactly one"),
+    Case("a damaged note on classes (.parquet)", table_with(b"{'info': 1}"), "what the schema notes under 'huggingface' is damaged: ..."),
+    Case("a text that is not UTF-8 (.parquet)", broken_text, "a text in it is not UTF-8"),
+    Case("a column twice (.parquet)", twice, "the column 'label' appears 2 times"),
     Case("a pickled type in a .parquet file", pickled_type, "it is not unpickled", check=counts(4, ["x", "y"])),
-    Case("a hub corpus that cannot be reached", hub, "is neither a file, a folder nor a hub dataset that can be reached: no answer from https://user:***@hub", HUB),
+    Case("a hub corpus that cannot be reached", hub, "is neither a file, a folder nor a hub dataset that can be reached: no answer from https://user:***@hub"),
 ]  # fmt: skip

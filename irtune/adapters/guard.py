@@ -1,0 +1,225 @@
+"""A look at what was built, before anything is trained with it: nothing is believed, it is checked once.
+
+Two texts of the corpus, a short one and a longer one, go through the model alone and padded in one batch. Their logits
+must be the same; with irtune's own attention, the same as with the model's own; and with fresh adapters, the same as
+without. One backward pass shows which parameters get a gradient.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from irtune.adapters.table import LayerTable
+from irtune.config import Config
+from irtune.config.declarations import adapter_kinds, implementation
+from irtune.config.schema import AdapterConfig
+from irtune.data import collate
+from irtune.distributed.partitioned import is_partitioned
+from irtune.errors import ConfigError, ModelError
+from irtune.models import Classifier
+from irtune.models.kernels.attention import CPU_ATTENTION, as_in_training
+from irtune.models.limits import cannot_read, longest_input
+
+log = logging.getLogger("irtune")
+Text = Mapping[str, Sequence[int]]
+SECONDS = 2.0  # what the guard may cost at the start of a run
+PASSES = 8  # its forward passes, where a backward pass counts for two
+LONGEST = 32  # tokens of the longer text, if the corpus has such texts
+# Largest difference of logits, as a share of the largest logit: rounding, and nothing else.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@dataclass
+class Guard:
+    """What is known of a model without adapters. logits: of the two texts, each alone, [2, classes]."""
+
+    classifier: Classifier
+    texts: list[Text]
+    logits: torch.Tensor
+
+    def check(self, model: nn.Module, table: LayerTable, adapter: AdapterConfig) -> None:
+        """Look at the model with its adapters.
+
+        Raises:
+            ModelError: when it computes something else than it should; names the setting to change.
+        """
+        alone = _alone(self.classifier, model, self.texts)
+        kind, name = adapter_kinds()[adapter.type], type(self.classifier.model).__name__
+        if kind.silent:
+            change = _difference(alone, self.logits)
+            if change > _tolerance(self.classifier.model):
+                raise ModelError(
+                    f"adapter.type {kind.name} changes what {name} computes before it is trained ({_share(change)}): "
+                    "the model reads weights of modules that it does not call; set adapter.target_modules to others, "
+                    "or adapter.type to lora"
+                )
+        batch = _together(self.classifier, model, self.texts)
+        _check_padding(self.classifier, alone, batch, f"adapter.type {kind.name}: ")
+        unmoved = _without_gradient(self.classifier, model, table, self.texts)
+        if unmoved and kind.own_weights:
+            log.warning("%s: %s (%d such weights) get no gradient and stay as they are", name, unmoved[0], len(unmoved))
+        elif unmoved:
+            raise ModelError(
+                f"adapter.type {kind.name}: {unmoved[0]} ({len(unmoved)} such parameters) gets no gradient in "
+                f"{name}; set adapter.target_modules to modules that the model calls"
+            )
+
+
+def check_length(config: Config, classifier: Classifier) -> None:
+    """Look whether the model has positions for the longest input, with what the adapter puts before it.
+
+    Raises:
+        ConfigError: with the longest that is accepted.
+    """
+    limit = longest_input(classifier)
+    if limit is None:
+        return
+    extra_tokens = implementation(adapter_kinds()[config.adapter.type]).extra_tokens
+    more = 0 if extra_tokens is None else extra_tokens(classifier, config.adapter)
+    if config.data.max_length + more > limit:
+        behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}{behind}, but {config.model.name_or_path} has positions for "
+            f"{limit} tokens; accepted: at most {limit - more}"
+        )
+
+
+def watch(classifier: Classifier, texts: Sequence[Text], *, patient: bool = False) -> Guard | None:
+    """Look at a freshly loaded model; returns what `check` needs when adapters are in, or None where it takes too long.
+
+    Args:
+        classifier: a model without adapters.
+        texts: encoded examples, of which two are taken.
+        patient: take all the time that is needed.
+
+    Raises:
+        ModelError: when padding changes what the model computes, or irtune's attention does.
+    """
+    model: Any = classifier.model
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        log.info("the model is loaded in shares and not checked here: `python -m irtune validate` checks it")
+        return None
+    chosen = _choose(texts)
+    started = time.perf_counter()
+    try:
+        alone = _alone(classifier, model, chosen)
+    except RuntimeError as error:
+        raise cannot_read(model, error) from error
+    seconds = (time.perf_counter() - started) / 2 * PASSES
+    if seconds > SECONDS and not patient:
+        log.info("to check the model would take %.0f s here: `python -m irtune validate` does it", seconds)
+        return None
+    together = _together(classifier, model, chosen)
+    _check_padding(classifier, alone, together, "")
+    if model.config._attn_implementation == CPU_ATTENTION:
+        with as_in_training():
+            own = _together(classifier, model, chosen)
+        change = _difference(own, together)
+        if change > _tolerance(model):
+            raise ModelError(
+                f"irtune's attention for CPUs changes what {type(model).__name__} computes ({_share(change)}); "
+                "set model.attn_implementation to eager"
+            )
+    return Guard(classifier, chosen, alone)
+
+
+def _choose(texts: Sequence[Text]) -> list[Text]:
+    """The shortest text, and the longest of those that are not too long; of one length only, the first is cut."""
+    ordered = sorted(texts, key=lambda text: len(text["input_ids"]))
+    short = ordered[0]
+    fitting = [text for text in ordered if len(text["input_ids"]) <= LONGEST]
+    longer = fitting[-1] if fitting else ordered[0]
+    if len(longer["input_ids"]) == len(short["input_ids"]):
+        half = max(1, len(short["input_ids"]) // 2)
+        short = {name: list(values)[:half] for name, values in short.items()}
+    return [short, longer]
+
+
+def _logits(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
+    base: Any = classifier.model
+    batch = collate([dict(text) for text in texts], int(classifier.tokenizer.pad_token_id), device=base.device)  # type: ignore[arg-type]
+    return model(**batch).logits.float()
+
+
+def _alone(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
+    with _at_rest(model), torch.no_grad():
+        return torch.cat([_logits(classifier, model, [text]) for text in texts])
+
+
+def _together(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
+    with _at_rest(model), torch.no_grad():
+        return _logits(classifier, model, texts)
+
+
+class _at_rest:  # noqa: N801 - used as a context
+    """Inside, a model evaluates, and draws random numbers that nobody misses afterwards."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.random = torch.random.fork_rng()
+
+    def __enter__(self) -> None:
+        self.modes = {part: part.training for part in self.model.modules()}
+        self.random.__enter__()
+        self.model.eval()
+
+    def __exit__(self, *error: Any) -> None:
+        self.random.__exit__(*error)
+        for part, training in self.modes.items():
+            part.training = training
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Largest difference as a share of the largest logit; infinite where one is not finite."""
+    if not bool(one.isfinite().all() and other.isfinite().all()):
+        return float("inf")
+    scale = torch.maximum(one.abs().amax(), other.abs().amax()).clamp_min(1e-6)
+    return float((one - other).abs().amax() / scale)
+
+
+def _share(change: float) -> str:
+    return f"logits by {change:.0%}" if change != float("inf") else "logits that are not finite"
+
+
+def _tolerance(model: nn.Module) -> float:
+    return max(TOLERANCE.get(p.dtype, 0.0) for p in model.parameters() if p.is_floating_point())
+
+
+def _check_padding(classifier: Classifier, alone: torch.Tensor, together: torch.Tensor, before: str) -> None:
+    change = _difference(alone, together)
+    if change > _tolerance(classifier.model):
+        raise ModelError(
+            f"{before}{type(classifier.model).__name__} computes something else for a text alone than for the same "
+            f"text padded in a batch ({_share(change)}), so its predictions would depend on the batch; set "
+            + ("adapter.type to lora or bottleneck" if before else "model.attn_implementation to eager")
+            + ", or model.name_or_path to another model"
+        )
+
+
+def _without_gradient(classifier: Classifier, model: nn.Module, table: LayerTable, texts: list[Text]) -> list[str]:
+    """Names of parameters that a backward pass gives no gradient. Of experts, one that has one speaks for all."""
+    wanted = {id(parameter): parameter.requires_grad for _, parameter in table.all()}
+    try:
+        for _, parameter in table.all():
+            parameter.requires_grad_(True)
+        with _at_rest(model), torch.enable_grad():
+            _logits(classifier, model, texts).logsumexp(-1).sum().backward()
+        layers = classifier.anatomy.layers
+        reached = {_group(name, layers) for name, parameter in table.all() if parameter.grad is not None}
+        return [name for name, _ in table.all() if _group(name, layers) not in reached]
+    finally:
+        for _, parameter in table.all():
+            parameter.requires_grad_(wanted[id(parameter)])
+            parameter.grad = None
+
+
+def _group(name: str, layers: str) -> str:
+    """A parameter's name without the numbers inside its layer."""
+    whole = re.fullmatch(rf"(.*\b{re.escape(layers)}\.\d+\.)(.*)", name)
+    return whole[1] + re.sub(r"\b\d+\.", "N.", whole[2]) if whole else name

@@ -1,0 +1,88 @@
+"""What a run reads of its corpus: this rank's micro-batches of a step, and predictions of a split."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from irtune.data import BatchSampler, Corpus, collate
+from irtune.data.batches import PaddedLengths
+from irtune.distributed import runtime
+from irtune.engine.engine import WEIGHTS
+from irtune.evaluation.metrics import Predictions, predict
+
+EVALUATION_BATCH = 2  # in micro-batches: no gradients, so more examples fit
+
+Batch = dict[str, torch.Tensor]
+
+
+class TrainingData:
+    """The corpus as token ids on a device, in the sampler's order.
+
+    max_steps: optimizer steps of the whole run.
+    evaluation_batch, evaluation_tokens: size of evaluation batches, in examples; in tokens where that is not None.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        encoded: dict[str, list[dict[str, list[int]]]],
+        sampler: BatchSampler,
+        *,
+        max_steps: int,
+        pad_token_id: int,
+        device: torch.device,
+        seed: int,
+        padded: PaddedLengths | None = None,
+    ):
+        """`encoded`: by split, what the encoder makes of each example; `seed`: of dropout; `padded`: see `collate`."""
+        self.padded = padded
+        self.corpus, self.encoded, self.sampler, self.max_steps = corpus, encoded, sampler, max_steps
+        self.pad_token_id, self.device, self.seed = pad_token_id, device, seed
+        self.weighted = any(example.weight != 1 for example in corpus.splits["train"])
+        self.evaluation_batch = EVALUATION_BATCH * sampler.micro_batch_size
+        self.evaluation_tokens = None if sampler.tokens is None else EVALUATION_BATCH * sampler.tokens
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of optimizer step `step`, counted from 0; each sets its own dropout seed."""
+        places = self.sampler.step(step)
+        for number in range(runtime.rank(), len(places), runtime.launched_world_size()):
+            # Seeded by place in the step, not by rank: any split over ranks draws the same dropout.
+            torch.manual_seed(runtime.derived_seed(self.seed, "micro-batch", step, number))
+            yield self.batch(places[number])
+
+    def batch(self, positions: list[int]) -> Batch:
+        """The training examples at `positions`, as `collate` returns them, with labels and weights if they have any."""
+        examples, encoded = self.corpus.splits["train"], self.encoded["train"]
+        labels = [examples[i].label for i in positions]
+        batch = collate([encoded[i] for i in positions], self.pad_token_id, labels, self.device, self.padded)
+        if self.weighted:
+            batch[WEIGHTS] = torch.tensor([examples[i].weight for i in positions], device=self.device)
+        return batch
+
+    def lengths(self, step: int) -> list[list[int]]:
+        """Tokens of the examples in each micro-batch of a step, those of all ranks."""
+        return [[self.sampler.lengths[i] for i in positions] for positions in self.sampler.step(step)]
+
+    def ids(self, step: int) -> list[list[str]]:
+        """Ids of the examples in each of this rank's micro-batches of a step."""
+        mine = self.sampler.step(step)[runtime.rank() :: runtime.launched_world_size()]
+        return [[self.corpus.splits["train"][i].id for i in positions] for positions in mine]
+
+    def label_counts(self) -> list[int]:
+        """Training examples of each class."""
+        labels = [example.label for example in self.corpus.splits["train"]]
+        return [labels.count(number) for number in range(len(self.corpus.labels))]
+
+    def evaluation(self, split: str, forward: Callable[[Batch], torch.Tensor]) -> Predictions:
+        """Logits of a split by `forward`, which turns a batch into logits [batch, classes]. Collective."""
+        return predict(
+            forward,
+            self.encoded[split],
+            [example.label for example in self.corpus.splits[split]],
+            len(self.corpus.labels),
+            batch_size=self.evaluation_batch,
+            tokens=self.evaluation_tokens,
+            pad_token_id=self.pad_token_id,
+            device=self.device,
+            padded=self.padded,
+        )

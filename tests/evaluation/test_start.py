@@ -1,0 +1,111 @@
+"""`model.start_from`: a run that begins with what another has learnt."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from irtune.adapters import write_adapter
+from irtune.adapters.build import add_adapters
+from irtune.config import AdapterConfig, ModelConfig
+from irtune.errors import ConfigError, RunError
+from irtune.evaluation.start import start_from
+from irtune.models import load_classifier
+
+pytestmark = pytest.mark.quick
+LABELS = ["a", "b", "c"]
+IDS = torch.arange(4, 20).view(2, 8)
+
+
+def built(base, labels=LABELS, **settings):
+    classifier = load_classifier(ModelConfig(name_or_path=str(base), dtype="float32"), list(labels))
+    adapter = AdapterConfig(**{"r": 4} | settings)
+    return *add_adapters(classifier, adapter), adapter
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+
+
+def learnt(base, folder, **settings):
+    """The folder of a run whose adapter and head are random numbers, and its logits."""
+    model, table, adapter = built(base, **settings)
+    torch.manual_seed(5)
+    for _, parameter in table.all():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder / "adapter")
+        (folder / "results.json").write_text(json.dumps({"dev": {"per_class": dict.fromkeys(LABELS)}}))
+    else:
+        write_adapter(folder / "adapter", {n: p.detach() for n, p in table.all()}, adapter, LABELS)
+    return logits(model)
+
+
+@pytest.mark.parametrize("settings", [{}, {"type": "dora"}, {"type": "pissa"}, {"type": "bottleneck", "size": 8}])
+def test_it_computes_what_the_other_run_did(llama, tmp_path, settings):
+    wanted = learnt(llama, tmp_path, **settings)
+    model, table, adapter = built(llama, **settings)
+    assert not torch.allclose(logits(model), wanted, atol=1e-2)
+    start_from(str(tmp_path), model, table, adapter, LABELS)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_follow_the_names_of_labels(llama, tmp_path):
+    wanted = learnt(llama, tmp_path)
+    model, table, adapter = built(llama, ["c", "a", "b"])
+    start_from(str(tmp_path), model, table, adapter, ["c", "a", "b"])
+    torch.testing.assert_close(logits(model), wanted[:, [2, 0, 1]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "z"], ["a", "b"]])
+def test_for_other_labels_the_head_starts_anew(llama, tmp_path, labels, caplog):
+    learnt(llama, tmp_path)
+    model, table, adapter = built(llama, labels)
+    head = [parameter.clone() for _, parameter in table.head]
+    with caplog.at_level(logging.INFO, "irtune"):
+        start_from(str(tmp_path), model, table, adapter, labels)
+    assert all(torch.equal(parameter, before) for (_, parameter), before in zip(table.head, head))
+    assert "is for other labels (a, b, c): it starts anew" in caplog.text
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name, parameter = table.layers[3][0]
+    assert torch.equal(parameter, saved[name.replace(".default", "")])
+
+
+def test_an_adapter_alone_says_nothing_of_labels(llama, tmp_path, caplog):
+    learnt(llama, tmp_path)
+    shutil.move(tmp_path / "adapter", tmp_path / "other")
+    model, table, adapter = built(llama)
+    with caplog.at_level(logging.INFO, "irtune"):
+        start_from(str(tmp_path / "other"), model, table, adapter, LABELS)
+    assert "is for labels that are not known: it starts anew" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"r": 2}, "has r 4 where adapter.r makes it 2"),
+        ({"alpha": 3.0}, "has lora_alpha 16.0 where adapter.alpha makes it 3.0"),
+        ({"type": "rslora"}, "has use_rslora False where adapter.type makes it True"),
+        ({"type": "bottleneck"}, "holds low-rank updates, and adapter.type is bottleneck"),
+        ({"type": "none"}, "export that run with --merge and set model.name_or_path"),
+        ({"target_modules": ["q_proj"]}, None),
+    ],
+)
+def test_another_adapter_is_refused(llama, tmp_path, settings, reason):
+    learnt(llama, tmp_path)
+    model, table, adapter = built(llama, **settings)
+    if reason is None:  # a part of the modules is a start, too
+        start_from(str(tmp_path), model, table, adapter, LABELS)
+        return
+    with pytest.raises(ConfigError, match=reason):
+        start_from(str(tmp_path), model, table, adapter, LABELS)
+
+
+def test_a_folder_without_an_adapter_is_refused(llama, tmp_path):
+    model, table, adapter = built(llama)
+    with pytest.raises(RunError, match="holds no adapter"):
+        start_from(str(tmp_path / "no"), model, table, adapter, LABELS)

@@ -95,7 +95,8 @@ def _summary(results: dict, folder: str) -> None:
         f"({results['layers_ever_trained']} ever)\n"
         f"optimizer state per rank: {results['optimizer_state_bytes']:,} bytes now, "
         f"{results['optimizer_state_bytes_at_selections']['max']:,} at most\n"
-        f"{results['steps']} steps in {results['wall_seconds']:.0f} s "
-        f"({results['examples_per_second']:.1f} examples/s on {results['world_size']} rank(s))\n"
+        f"{results['steps']} steps in {results['training_seconds']:.0f} s of training "
+        f"({results['examples_per_second']:.1f} examples/s on {results['world_size']} rank(s)), "
+        f"{results['wall_seconds']:.0f} s with evaluations and checkpoints\n"
         f"results in {folder}; pictures: tensorboard --host localhost --logdir {folder}/tensorboard\n"
     )

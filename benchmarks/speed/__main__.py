@@ -43,7 +43,8 @@ def main() -> int:
             return 2
         threads = str(options.threads or max(1, len(os.sched_getaffinity(0)) // options.ranks))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "DS_BUILD_OPS": "0", "TQDM_DISABLE": "1"}
-        environment |= {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
+        path = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+        environment |= {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
         # transformers' Trainer takes every GPU that it sees.
         gpus = ",".join(map(str, range(options.ranks)))
         environment["CUDA_VISIBLE_DEVICES"] = (

@@ -79,7 +79,9 @@ def start(world: World, timeout_seconds: int) -> None:
     for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
         environment.set_default(name, str(value))
     if world.size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=_bound(world)
+        )
         return
     if backend == "gloo" and environment.variable("LOCAL_WORLD_SIZE", environment.variable("LOCAL_SIZE", "")) != str(
         world.size
@@ -96,10 +98,16 @@ def start(world: World, timeout_seconds: int) -> None:
             rank=world.rank,
             world_size=world.size,
             timeout=_of_collectives(timeout_seconds),
+            device_id=_bound(world),
         )
         _watch = Watch(store, world.rank, world.size, timeout=timeout_seconds)
     except Exception as error:  # torch raises several kinds, each meaning that the ranks did not meet
         raise DistributedError(_not_met(world, timeout_seconds, error)) from error
+
+
+def _bound(world: World) -> torch.device | None:
+    """The device that a process group is bound to, so that NCCL guesses none; gloo takes none."""
+    return world.device if world.device.type == "cuda" else None
 
 
 def _not_met(world: World, timeout_seconds: int, error: Exception) -> str:

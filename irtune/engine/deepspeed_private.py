@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -69,6 +70,10 @@ def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
       Only their record of the order in which parameters are used is thrown away, since another selection has another;
     - gather each trained parameter, one by one, to put a hook on it. The hook needs no values.
 
+    And what a rebuild under any stage would do on a GPU: give all cached memory back to the driver, once per layer, so
+    that the next steps ask for it again; and compare a layer's size with what the driver calls free, which is next to
+    nothing where the cache holds the rest, and then move the layer through host memory.
+
     Args:
         engine: DeepSpeed's, with the optimizer that is to be replaced.
         trained: the parameters of the new optimizer.
@@ -76,6 +81,11 @@ def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         _replace(undo, zero_utils, "gc", types.SimpleNamespace(collect=lambda: 0))
         _replace(undo, engine, "_check_for_duplicates", lambda optimizer: None)  # irtune's groups have none
+        accelerator = get_accelerator()
+        _replace(undo, accelerator, "empty_cache", lambda: None)
+        if accelerator.device_name() == "cuda":
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            _replace(undo, accelerator, "available_memory", lambda device_index=None: free)
         if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
             offload = engine.optimizer.parameter_offload
             engine.optimizer.parameter_offload = types.SimpleNamespace(destroy=lambda: None)

@@ -14,7 +14,8 @@ class Progress:
 
     step: optimizer steps done. best: value of the best dev metric so far, at best_step.
     worse_in_a_row: evaluations since the best one. stopped: whether run.patience ended training.
-    losses: mean losses of the steps since the last log line. seconds: wall time of training, earlier sessions included.
+    losses: mean losses of the steps since the last log line. seconds: wall time of the run, earlier sessions included;
+    training_seconds: of these, what steps and later selections took, without evaluations and checkpoints.
     skipped: steps without an update, since loss or gradients were not finite; skipped_in_a_row: the last ones.
     state_bytes: optimizer state after each selection. trained_steps: updates of each layer.
     """
@@ -24,6 +25,7 @@ class Progress:
     best_step: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    training_seconds: float = 0.0
     worse_in_a_row: int = 0
     stopped: bool = False
     skipped: int = 0

@@ -103,7 +103,10 @@ def build(setup: RunSetup, world: World, folder: Path) -> Trainer:
     config, data, resumed = setup.config, setup.data, setup.resumed
     engine = _build_engine(setup)
     runtime.limit_waiting(config.run.timeout_seconds)
-    progress = Progress(**resumed.state["progress"]) if resumed is not None else Progress()
+    progress = Progress()
+    if resumed is not None:  # checkpoints of older versions do not tell training's time apart
+        saved = resumed.state["progress"]
+        progress = Progress(**{"training_seconds": saved["seconds"]} | saved)
     if resumed is not None and find_damage(setup.checkpoints.folder / f"step_{progress.best_step}") is not None:
         progress.best = None  # the best weights so far are not in this folder: look for new ones
     tracker = Tracker(

@@ -52,6 +52,7 @@ class Trainer:
         self._end_of_step: torch.cuda.Event | None = None
         self._began = time.perf_counter()
         self._saved_step = -1
+        self._since: float | None = None  # when training went on after something else
 
     # ----- the story -----
 
@@ -73,8 +74,10 @@ class Trainer:
         if self.progress.step == 0:
             runtime.doing("first selection")
             self.layers.first(self.data.batches(0))
+            self._mark = time.perf_counter()
         elif self.progress.best is None and self.progress.best_step:  # resumed where the best weights are elsewhere
             self._evaluate_and_save()
+        self._since = time.perf_counter()
         while self.progress.step < self.data.max_steps and not self.progress.stopped:
             batches = self._train_step()
             step = self.progress.step
@@ -242,8 +245,15 @@ class Trainer:
         self.engine.module.train()
         return predictions
 
+    def _stop_clock(self) -> None:
+        """Count the time since training went on as training's; what follows is something else."""
+        if self._since is not None:
+            self.progress.training_seconds += time.perf_counter() - self._since
+            self._since = None
+
     def _evaluate_and_save(self) -> None:
         self._count_applied_steps()
+        self._stop_clock()
         tokens, step = self.data.evaluation_tokens, self.progress.step
         size = f"{self.data.evaluation_batch} examples" if tokens is None else f"{tokens} tokens"
         runtime.doing(f"evaluation after step {step}, in batches of {size}")
@@ -264,7 +274,7 @@ class Trainer:
         every = self.config.run.save_every
         if best or not every or self.progress.step % every == 0 or self._is_over():
             self._save(best=best)
-        self._mark = time.perf_counter()  # speed is that of training
+        self._mark = self._since = time.perf_counter()  # speed is that of training
 
     def _is_over(self) -> bool:
         return self.progress.stopped or self.progress.step == self.data.max_steps
@@ -273,6 +283,7 @@ class Trainer:
         """Write a checkpoint. Collective."""
         runtime.doing(f"checkpoint of step {self.progress.step}")
         self._count_applied_steps()
+        self._stop_clock()
         self.window.drain()  # the losses since the last log line are kept
         trainable = self.engine.trainable(self._saved_layers())
         tensors, steps = self.engine.full_state()
@@ -288,6 +299,7 @@ class Trainer:
                 }
                 self.checkpoints.save(self.progress.step, trainable, tensors, state, best=best)
         self._saved_step = self.progress.step
+        self._since = time.perf_counter()
 
     def _saved_layers(self) -> list[int] | None:
         """Layers whose weights a checkpoint needs: of a model's own weights, only those that ever trained."""

@@ -23,7 +23,8 @@ CASES = {
        if (name, n) != ("nf4", 1)},
     **{f"offload{n} {name}": (f"zero{n}_offload", more) for n in (2, 3)
        for name, more in {"fp32": [], "bf16": BF16, "accumulation": BY_STAGE["accumulation"]}.items()},
-    **{f"zero{n} {name}": (f"zero{n}", ["--adapter.type", name, *more]) for n in (2, 3) for name, more in ADAPTERS.items()
+    **{f"zero{n} {name}": (f"zero{n}", ["--adapter.type", name, *more]) for n in (2, 3)
+       for name, more in ADAPTERS.items()
        if (name, n) not in (("rslora", 3), ("prompt", 3), ("bottleneck", 3), ("ltuning-prompt", 3))},
     **{f"method {name}": ("zero2", ["--tuning.method", name]) for name in METHODS},
     "zero3 ist": ("zero3", ["--tuning.method", "ist"]),

@@ -1,6 +1,7 @@
 """What a run resumes from, and whether it may."""
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ log = logging.getLogger("irtune")
 DERIVED = ("gradient_accumulation_steps", "global_batch_size")  # of optim: their product with the ranks decides
 
 
+# What may differ where a finished run is asked for more.
+LENGTH = ("optim.max_steps", "optim.epochs")
 # Of model, what a resumed run may change.
 HARMLESS = (
     "gradient_checkpointing",
@@ -53,11 +56,28 @@ def resume_from(folder: Path, identity: dict[str, Any], table: LayerTable, *, pr
         CheckpointError: when the checkpoint cannot be read, or is that of another run.
     """
     state = read_state(folder)
-    check_same_run(state["run"], identity, folder)
+    goes_on = _lengthened(state, identity)
+    check_same_run(state["run"], identity, folder, ignored=LENGTH if goes_on else ())
+    if goes_on:
+        progress, steps = state["progress"], identity["optim"]["max_steps"]
+        log.info(
+            "the run that ended at step %d goes on to step %d; from here its learning rate follows the schedule of "
+            "%d steps",
+            progress["step"], steps, steps,
+        )  # fmt: skip
+        progress.update(stopped=False, worse_in_a_row=0)
     note_versions(state.get("versions"), folder)
     untrained = {name for layer in table.layers for name, _ in layer} if pretrained else set()
     load_into(table.all(), read_tensors(folder, TRAINABLE), folder, untrained)
     return ResumePoint(folder, state)
+
+
+def _lengthened(state: dict[str, Any], identity: dict[str, Any]) -> bool:
+    """Whether the run was over there, and is now asked for more steps."""
+    progress, before = state["progress"], state["run"].get("optim", {}).get("max_steps", 0)
+    wanted = identity["optim"]["max_steps"]
+    over = progress["step"] >= before or progress.get("stopped", False)
+    return over and wanted > before and wanted > progress["step"]
 
 
 def run_identity(config: Config, corpus: Corpus, sampler: BatchSampler, max_steps: int) -> dict[str, Any]:
@@ -97,17 +117,22 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
     return path
 
 
-def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue with another model, data, method or optimizer; names every difference."""
-    changes = []
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path, *, ignored: Collection[str] = ()) -> None:
+    """Refuse to continue with another model, data, method or optimizer; names every difference.
+
+    A key that did not exist when the checkpoint was written had the value that is now its default. Those `ignored` may
+    differ.
+    """
+    changes, usual = [], Config()
     for section, value in now.items():
         old = saved.get(section)
         if isinstance(value, dict) and isinstance(old, dict):
             names = sorted(set(value) | set(old))
-            pairs = [(f"{section}.{name}", old.get(name), value.get(name)) for name in names]
+            defaults = vars(getattr(usual, section, usual)) | old
+            pairs = [(f"{section}.{name}", defaults.get(name), value.get(name)) for name in names]
         else:
             pairs = [(section, old, value)]
-        changes += [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b]
+        changes += [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b and name not in ignored]
     if changes:
         raise CheckpointError(f"{folder} cannot be continued: {'; '.join(changes)}")
 

@@ -143,6 +143,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         finished = resumed is not None and resumed.ends(data.max_steps) and (folder / "results.json").is_file()
         if world.is_main and not finished:
             _open_folder(folder, given)
+            (folder / "results.json").unlink(missing_ok=True)  # of a run that now goes on
     # After weights of a checkpoint were put in: the score `weight` is of what trains.
     scores = LayerScores(table, config.tuning.score, world.device, projections)
     return RunSetup(

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from irtune.config import Config
+from irtune.errors import CheckpointError
 from irtune.evaluation import metrics as evaluation
 from irtune.train.checkpoint import OPTIMIZER, TRAINABLE, read_tensors
+from irtune.train.resume import check_same_run
 from irtune.train.run import run
 from tests.support.ranks import run_ranks
 from tests.support.runs import bare, launch, losses, records, selections, train
@@ -55,6 +58,29 @@ def test_a_finished_run_is_not_trained_again(llama, corpus, base, tmp_path):
     launch(tiny_config(llama, corpus, again, optim__gradient_accumulation_steps=2), 2)
     assert losses(again) == losses(base)
     assert (again / "predictions.jsonl").read_text() == (base / "predictions.jsonl").read_text()
+
+
+def test_a_finished_run_that_is_asked_for_more_goes_on(llama, corpus, tmp_path):
+    folder = launch(tiny_config(llama, corpus, tmp_path / "run", optim__max_steps=4), 1)
+    before = losses(folder)
+    launch(tiny_config(llama, corpus, folder, optim__max_steps=8), 1)
+    assert losses(folder)[:4] == before and len(losses(folder)) == 8
+    rates = [record["lr"] for record in records(folder, "train")]
+    assert rates[3:] == pytest.approx([0.01 / 4, *(0.01 * (1 - step / 8) for step in range(4, 8))])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 8 and results["training_seconds"] < results["wall_seconds"]
+    shorter = run_ranks(train, 1, tiny_config(llama, corpus, folder, optim__max_steps=6))
+    assert "optim.max_steps was 8 and is 6" in shorter[0]
+
+
+@pytest.mark.quick
+def test_a_key_that_a_checkpoint_does_not_know_had_its_default():
+    now = {"model": dict(vars(Config().model)), "seed": 0}
+    old = {"model": {key: value for key, value in now["model"].items() if key != "pooling"}, "seed": 0}
+    check_same_run(old, now, Path("step_1"))
+    now["model"]["pooling"] = "mean"
+    with pytest.raises(CheckpointError, match=r"model\.pooling was 'class' and is 'mean'"):
+        check_same_run(old, now, Path("step_1"))
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])

@@ -133,7 +133,7 @@ def test_exports_that_were_changed_are_refused(runs, corpus, tmp_path, capsys):
     content[-1] ^= 1
     (adapter / "adapter_model.safetensors").write_bytes(bytes(content))
     assert main([*command[:2], str(adapter), *command[3:]]) == 2
-    assert "another checksum" in capsys.readouterr().err
+    assert "a different checksum" in capsys.readouterr().err
     assert not (tmp_path / "o.csv").exists()
 
 

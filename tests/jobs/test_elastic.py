@@ -26,7 +26,7 @@ def test_accumulation_by_hand():
     assert found(None, 4, 2, 3) == (3, [])
     _, (said,) = found(10, 4, 2)
     assert (
-        "no multiple of optim.micro_batch_size 4 x 2 rank(s); accepted: 8 or 16, or optim.micro_batch_size 5 or 1"
+        "not a multiple of optim.micro_batch_size 4 x 2 rank(s); accepted: 8 or 16, or optim.micro_batch_size 5 or 1"
         in said
     )
     _, (said,) = found(2, 4, 1)

@@ -204,7 +204,7 @@ def test_torchrun_refuses_what_cannot_meet(env, llama, corpus, tmp_path):
         NNODES="2", MASTER="a:1", NODE_RANK="0", MAX_RESTARTS="1"
     )
     assert "set optim.global_batch_size" in said(NNODES="1:2", RENDEZVOUS="127.0.0.1:1")
-    assert "no multiple of optim.micro_batch_size 4 x 2" in said(
+    assert "not a multiple of optim.micro_batch_size 4 x 2" in said(
         "--optim.global_batch_size", "12", NNODES="1:2", RENDEZVOUS="127.0.0.1:1"
     )
     assert "RENDEZVOUS is 'nowhere'; accepted: HOST:PORT" in said(NNODES="2", RENDEZVOUS="nowhere")

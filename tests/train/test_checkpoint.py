@@ -36,7 +36,7 @@ def flip(file):
 
 DAMAGES = {
     "truncated": (truncate, "bytes, not"),
-    "flipped": (flip, "another checksum"),
+    "flipped": (flip, "a different checksum"),
     "missing": (lambda file: file.unlink(), "is missing"),
 }
 

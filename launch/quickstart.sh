@@ -28,3 +28,6 @@ say "IR-Tuning on $ranks rank(s) under ZeRO 2"
 deepspeed --num_gpus "$ranks" "$ROOT/train.py" --config "$ROOT/launch/recipes/quickstart.yaml" \
     --model.name_or_path "$MODEL_FOLDER" --data.path "$corpus" "${columns[@]}" \
     --run.output_dir "$ROOT/runs/quickstart-$(basename "$corpus")" "$@"
+
+say "for comparison: what needs no language model"
+(cd "$ROOT" && python -m irtune data baseline --data "$corpus" "${columns[@]}")

@@ -1,33 +1,40 @@
-"""`python -m irtune data stats`: what a corpus holds, and what is wrong with it."""
+"""`python -m irtune data stats | baseline`: what a corpus holds, what is wrong with it, and what is easily reached."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from irtune.commands.common import add_json, parser, show, show_json, table
 from irtune.config import load_config
 from irtune.data import Corpus, Encoder, Example, read_corpus
+from irtune.evaluation.metrics import Predictions, metrics
 from irtune.models.classifier import load_tokenizer
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print statistics."""
+    """Print statistics, or what simple baselines reach."""
     options = parser(
         "data",
-        "Rows, labels, lengths, duplicates and leakage between splits of a corpus. Columns and presets are set as for "
+        "stats: rows, labels, lengths, duplicates and leakage between splits of a corpus. baseline: what the most "
+        "frequent label and a linear model of the changed words reach on dev. Columns and presets are set as for "
         "training (--data.preset, --data.before, ...).",
         "python -m irtune data stats --data corpus/ --data.preset iterater-human",
         trainer=True,
     )
-    options.add_argument("what", choices=["stats"], metavar="stats", help="what to show")
+    options.add_argument("what", choices=["stats", "baseline"], help="what to show")
     options.add_argument("--data", metavar="PATH", help="the corpus; the same as --data.path")
     options.add_argument("--tokens", action="store_true", help="count tokens, and what data.max_length would shorten")
     add_json(options)
     given, trainer = options.parse_known_args(list(arguments))
     config = load_config(trainer if given.data is None else [*trainer, f"--data.path={given.data}"])
     corpus = read_corpus(config.data)
+    if given.what == "baseline":
+        rows = baselines(corpus)
+        show_json(rows) if given.json else show(_compared(rows))
+        return 0
     found = statistics(corpus)
     if given.tokens:
         encoder = Encoder(load_tokenizer(config.model), config.data, corpus.labels)
@@ -37,6 +44,25 @@ def main(arguments: Sequence[str]) -> int:
             found["splits"][split]["tokens"] = _quantiles(lengths) | {"shortened": over}
     show_json(found) if given.json else show(_text(found, corpus.labels))
     return 0
+
+
+def baselines(corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """Metrics on dev of the most frequent training label, and of a linear model of the words that were changed."""
+    from irtune.commands.compare.linear import linear_baseline  # loads scikit-learn, which statistics do not need
+
+    most = Counter(example.label for example in corpus.splits["train"]).most_common(1)[0][0]
+    labels = torch.tensor([example.label for example in corpus.splits["dev"]])
+    always = torch.zeros(len(labels), len(corpus.labels))
+    always[:, most] = 1.0
+    return {
+        f"always {corpus.labels[most]}": metrics(Predictions(always, labels), corpus.labels),
+        "linear model of changed words": linear_baseline(corpus).metrics["dev"],
+    }
+
+
+def _compared(rows: dict[str, dict[str, Any]]) -> str:
+    names = ("accuracy", "macro_f1", "auprc")
+    return table(["on dev", *names], [[row, *(f"{found[name]:.3f}" for name in names)] for row, found in rows.items()])
 
 
 def statistics(corpus: Corpus) -> dict[str, Any]:

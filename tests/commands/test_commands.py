@@ -241,3 +241,15 @@ def test_crossvalidation_holds_every_example_out_once(llama, corpus, tmp_path):
     assert len(ids) == len(set(ids)) == 64 + 20
     found = json.loads((folder / "crossvalidate.json").read_text())
     assert found["folds"] == 2 and len(found["metrics"]["macro_f1"]["folds"]) == 2 and not found["errors"]
+
+
+@pytest.mark.quick
+def test_baselines_say_what_is_easily_reached(corpus, capsys):
+    assert main(["data", "baseline", "--data", str(corpus), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    labels = [json.loads(line)["label"] for line in (corpus / "dev.jsonl").read_text().splitlines()]
+    (always,) = (name for name in rows if name.startswith("always "))
+    assert rows[always]["accuracy"] == pytest.approx(labels.count(always.removeprefix("always ")) / len(labels))
+    assert rows["linear model of changed words"]["accuracy"] >= rows[always]["accuracy"]
+    assert main(["data", "baseline", "--data", str(corpus)]) == 0
+    assert "linear model of changed words" in capsys.readouterr().out

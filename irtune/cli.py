@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         sys.stderr.write(f"error: unknown command {name!r}{hint}\n{_usage()}")
         return USER_ERROR
-    console.let_speak(is_main=environment.variable("RANK", "0") == "0")
+    # stdout is for what a command computes, which may be JSON; what is logged meanwhile is not part of that.
+    console.let_speak(sys.stderr, is_main=environment.variable("RANK", "0") == "0")
     console.quiet_libraries()
     try:
         return importlib.import_module(f"irtune.commands.{COMMANDS[name][0]}").main(rest)

@@ -1,8 +1,8 @@
 """Who may speak on the console: rank 0 and errors. What libraries note to each other is not for users."""
 
 import logging
-import sys
 import warnings
+from typing import TextIO
 
 from irtune.distributed import environment
 
@@ -29,9 +29,9 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def let_speak(*, is_main: bool) -> None:
-    """irtune's lines on stdout: all of rank 0's (`is_main`), and other ranks' errors. Libraries may only warn."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+def let_speak(stream: TextIO, *, is_main: bool) -> None:
+    """irtune's lines on `stream`: all of rank 0's (`is_main`), and other ranks' errors. Libraries may only warn."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=stream)
     logging.getLogger("irtune").setLevel(logging.INFO)  # for the logs of all ranks
     for handler in [] if is_main else logging.getLogger().handlers:
         handler.addFilter(_is_no_note)

@@ -67,12 +67,20 @@ def flush(file: Path) -> None:
 def to_json(value: Any, indent: int | None = None, *, other: Callable[[Any], Any] | None = None) -> str:
     """JSON text of `value`. NaN and infinities, for which JSON has no words, become null.
 
+    Text is as it is, or \\uXXXX where it holds half a surrogate pair, which UTF-8 does not have.
+
     `other` makes something of values that JSON does not have, such as dates; without it they are a TypeError.
     """
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=other)
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=other)
     except ValueError:
-        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=other)
+        value = _finite(value)
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=other)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, allow_nan=False, default=other)
+    return text
 
 
 def _finite(value: Any) -> Any:

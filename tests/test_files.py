@@ -6,7 +6,7 @@ import json
 import pytest
 
 from irtune.errors import OutputError, one_line
-from irtune.files import fingerprint, replacing, write_json, write_text, writing
+from irtune.files import fingerprint, replacing, to_json, write_json, write_text, writing
 
 pytestmark = pytest.mark.quick
 
@@ -24,6 +24,11 @@ def test_a_file_is_complete_or_as_before(tmp_path):
     write_text(file, "x\r\ny\n")
     assert file.read_bytes() == b"x\r\ny\n"  # nothing is translated
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_half_a_surrogate_pair_is_escaped():
+    assert to_json({"a": ["ä\ud800", float("nan")]}) == '{"a": ["\\u00e4\\ud800", null]}'
+    assert to_json({"a": "ä😀"}) == '{"a": "ä😀"}'
 
 
 def test_a_folder_is_complete_or_not_there(tmp_path):

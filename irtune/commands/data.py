@@ -121,11 +121,12 @@ def _text(found: dict[str, Any], labels: Sequence[str]) -> str:
         rows.append(["shortened at max_length", *(str(v["tokens"]["shortened"]) for v in splits.values())])
     for name in ("empty_before", "empty_after", "unchanged", "duplicates", "contradictions"):
         rows.append([name.replace("_", " "), *(str(values[name]) for values in splits.values())])
-    documents = found["documents_in_several_splits"]
+    pairs, documents = found["pairs_in_several_splits"], found["documents_in_several_splits"]
     return "\n".join([
         table(header, rows),
         "",
-        f"leakage: {found['pairs_in_several_splits']} pairs of texts are in more than one split; "
-        + ("documents unknown (set data.group to their column)" if documents is None else f"{documents} documents do"),
+        f"leakage: {pairs} {'pair of texts is' if pairs == 1 else 'pairs of texts are'} in more than one split; "
+        + ("documents unknown (set data.group to their column)" if documents is None else
+           f"{documents} {'document is' if documents == 1 else 'documents are'}"),
         "duplicates: the same pair again; contradictions: the same pair with different labels",
     ])  # fmt: skip

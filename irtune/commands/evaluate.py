@@ -1,6 +1,7 @@
 """`python -m irtune evaluate`: how good a run is on a corpus, how sure that is, and where it is wrong."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         with runtime.shared_errors():
             run = load_run(given.run, world.device, trusted=trusted(given))
             # A configuration is that of the training corpus; of another, a folder of it can be named.
-            config = run.config.data.config if given.data == run.config.data.path else None
+            config = run.config.data.config if _same(given.data, run.config.data.path) else None
             data = dataclasses.replace(run.config.data, path=given.data, config=config, train=None, dev=None, test=None)
             examples = read_split(data, given.split, run.labels)
         predictions = run.predict(examples, given.batch_size)
@@ -52,6 +53,11 @@ def main(arguments: Sequence[str]) -> int:
                     confusion_map(found["confusion_matrix"], run.labels).savefig(scratch, dpi=120)
             show_json(found) if given.json else show(_text(found, run.labels, folder))
     return 0
+
+
+def _same(one: str, other: str | None) -> bool:
+    """Whether two paths or hub ids are one corpus."""
+    return other is not None and len({os.path.realpath(os.path.expanduser(name)) for name in (one, other)}) == 1
 
 
 def evaluate(run: LoadedRun, examples: Sequence[Example], predictions: Predictions) -> dict[str, Any]:

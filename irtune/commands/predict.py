@@ -42,13 +42,19 @@ def main(arguments: Sequence[str]) -> int:
     target = None if given.output == "-" else given.output
     if target is not None and target.suffix.lower() not in OUTPUT_SUFFIXES:
         raise ConfigError(f"--output {str(given.output)!r}: accepted: {', '.join(OUTPUT_SUFFIXES)}, or -")
-    if target is not None and given.input != "-" and target.exists() and target.samefile(given.input):
+    if target is not None and given.input != "-" and _is_same_file(target, given.input):
         raise ConfigError(f"--output {str(target)!r} is the input, which would be written over; name another file")
     with ranks() as world:
         if given.input == "-" and world.size > 1:
             raise ConfigError("--input - is for one process: several ranks cannot share standard input; give a file")
         rows = _rows(given.input)
+        if target is not None:
+            _check_cells(rows, given.input, target)
         run = load_run(given.run, world.device, trusted=trusted(given))
+        if given.after is not None and run.config.data.after is None:
+            raise ConfigError(
+                f"--after {given.after!r}: the run was trained on single texts (data.after is null); leave it out"
+            )
         columns = (given.before or run.config.data.before, given.after or run.config.data.after)
         examples = to_examples(rows, str(given.input), *columns)
         started = time.perf_counter()
@@ -56,8 +62,13 @@ def main(arguments: Sequence[str]) -> int:
         seconds = time.perf_counter() - started
         if world.is_main:
             _write(target, rows, probabilities, run)
-            sys.stderr.write(f"{len(rows)} examples in {seconds:.1f} s ({len(rows) / seconds:.1f} examples/s)\n")
+            counted = f"{len(rows)} example{'s' if len(rows) > 1 else ''}"
+            sys.stderr.write(f"{counted} in {seconds:.1f} s ({len(rows) / seconds:.1f} examples/s)\n")
     return 0
+
+
+def _is_same_file(target: Path, source: Path) -> bool:
+    return target.exists() and source.exists() and target.samefile(source)
 
 
 def _path_or_dash(text: str) -> Path | str:
@@ -75,6 +86,25 @@ def _rows(source: Path | str) -> NumberedRows:
         raise DataError("standard input has no rows; expected JSON lines such as "
                         '{"before": "I has a cat.", "after": "I have a cat."}')  # fmt: skip
     return rows
+
+
+def _check_cells(rows: NumberedRows, source: Path | str, target: Path) -> None:
+    """Raise a DataError for a cell of the input that a table `target` cannot hold, before the time is spent."""
+    suffix = target.suffix.lower()
+    if suffix == ".jsonl":
+        return
+    where = "standard input" if source == "-" else source
+    for number, row in rows:
+        for column, value in row.items():
+            place = f"{where}, row {number}, column {column!r}"
+            for text in (column, value if isinstance(value, str) else ""):
+                if suffix == ".tsv" and ("\n" in text or "\r" in text):
+                    raise DataError(f"{place}: a line break, which a .tsv file cannot hold; accepted: .jsonl or .csv")
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    what = f"half of a surrogate pair, which a {suffix} file cannot hold"
+                    raise DataError(f"{place}: {what}; accepted: .jsonl") from None
 
 
 def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) -> list[Example]:
@@ -109,10 +139,9 @@ def _write(target: Path | None, rows: NumberedRows, probabilities: list[list[flo
         found += [dict(zip(run.labels, every))] if lists else every
         records.append(row | {f"{name}{suffix}": value for name, value in zip(new, found)})
     if suffix:
-        sys.stderr.write(
-            f"the input's columns {listed(name for name in new if name in names)} are kept; the new ones are "
-            f"{listed(f'{name}{suffix}' for name in new)}\n"
-        )
+        kept = [name for name in new if name in names]
+        columns = f"column {listed(kept)} is" if len(kept) == 1 else f"columns {listed(kept)} are"
+        sys.stderr.write(f"the input's {columns} kept; the new ones are {listed(f'{name}{suffix}' for name in new)}\n")
     if target is None or lists:
         lines = [to_json(record, other=str) + "\n" for record in records]
         if target is None:

@@ -95,7 +95,7 @@ def _check_loss(config: Config) -> list[str]:
     wrong = [f"{name}: {value}" for name, value in named.items() if not 0 <= value < math.inf]
     if wrong:
         problems.append(f"optim.class_weights holds {', '.join(wrong[:5])}; accepted: numbers of at least 0")
-    elif not any(named.values()):
+    elif isinstance(weights, list) and not any(weights):  # labels that a map does not name have 1
         problems.append("optim.class_weights has no weight above 0: nothing would be learnt")
     if optim.loss == "class_balanced":
         problems.append("optim.class_weights and optim.loss class_balanced both weigh classes; leave one of them out")

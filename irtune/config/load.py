@@ -12,6 +12,7 @@ import yaml
 
 from irtune.config.checks import check_config
 from irtune.config.deepspeed_json import read_engine_json
+from irtune.config.labels import canonical
 from irtune.config.presets import fill_presets
 from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type, known_keys
 from irtune.config.template import read_template
@@ -146,7 +147,7 @@ def _typed(values: dict[str, Any], where: str, problems: list[str], *, from_comm
                 value = parse_yaml(value) if from_command_line else value
                 value = _labels_as_text(value) if key in ("data.labels", "data.drop_labels") else value
                 if key == "optim.class_weights" and isinstance(value, dict):
-                    value = dict(zip(_labels_as_text(list(value)), value.values()))
+                    value = _by_label(value)
                 if value is None and type(None) not in typing.get_args(declared_type(key)):
                     raise TypeError("null")  # which jsonargparse takes for no value at all
                 parsed = _parser_of(key).parse_object({"value": value}).value
@@ -170,6 +171,20 @@ def _labels_as_text(value: Any) -> Any:
     if isinstance(value, dict):
         return {text(key): text(item) for key, item in value.items()}
     return [text(item) for item in value] if isinstance(value, list) else value
+
+
+def _by_label(weights: dict[Any, Any]) -> dict[str, Any]:
+    """A map whose keys are labels that YAML may read as numbers or truth values.
+
+    Raises:
+        TypeError: for a key that cannot be a label, and two that are one.
+    """
+    if not all(isinstance(key, str | int | float) for key in weights):
+        raise TypeError("not a label")
+    named = {key if isinstance(key, str) else str(canonical(key)): value for key, value in weights.items()}
+    if len(named) < len(weights):
+        raise TypeError("two keys are one label")
+    return named
 
 
 @functools.cache

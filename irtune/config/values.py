@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from irtune.config import template
 from irtune.errors import brief
 from irtune.redaction import redact
 
@@ -38,8 +39,9 @@ def _text(key: str, text: str) -> str | None:
             f"holds a password or token ({redact(text)[:200]!r}), and configurations are saved and shown; log in with "
             "`hf auth login` or the variable HF_TOKEN instead"
         )
-    if len(text) > MAX_CHARACTERS:
-        return f"has {len(text):,} characters; accepted: at most {MAX_CHARACTERS:,}"
+    most = template.MAX_CHARACTERS if key == "data.template" else MAX_CHARACTERS
+    if len(text) > most:
+        return f"has {len(text):,} characters; accepted: at most {most:,}"
     if "\0" in text:
         return f"is {brief(text)}, with a NUL character; accepted: text"
     try:

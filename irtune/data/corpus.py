@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from irtune.config.labels import canonical
 from irtune.config.schema import DataConfig
 from irtune.data.held_out import draw_share, fold_of
-from irtune.data.readers.cells import by_number, canonical, check_looks
+from irtune.data.readers.cells import by_number, check_looks
 from irtune.data.readers.hub import hub_rows, hub_splits
 from irtune.data.readers.layouts import SPLITS, find_files
 from irtune.data.readers.records import Record, RecordReader
 from irtune.data.readers.tables import SUFFIXES, table_rows
-from irtune.errors import DataError
+from irtune.errors import DataError, brief
 from irtune.redaction import redact
 
 log = logging.getLogger("irtune")
@@ -166,6 +167,11 @@ def _find_splits(data: DataConfig) -> Tables:
     if data.path is not None:
         path = Path(data.path).expanduser()
         if _names_file(path):
+            if data.config is not None:
+                raise DataError(
+                    f"data.config {brief(data.config)} names a part of a folder or hub corpus, but data.path "
+                    f"{redact(data.path)!r} is a file; leave data.config out"
+                )
             found = {"train": _read_files([path], data)} | found
         elif path.is_dir():
             for split, files in find_files(path, data.config).items():

@@ -14,12 +14,17 @@ from typing import Literal
 
 from rapidfuzz.distance import Indel
 
-# Words, runs of whitespace, and single punctuation marks: every character is in exactly one of them.
-WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+# Chinese characters and kana: scripts without blanks between words.
+_UNSPACED = (
+    r"\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+# Words, single characters of those scripts, runs of whitespace, and single punctuation marks: every character is in
+# exactly one of them.
+WORDS = re.compile(rf"\s+|[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 ELLIPSIS = "…"
 # difflib's alignments read best, since they keep long runs together, but its worst case is cubic. Pairs of more words
 # than this (the product of both numbers) are aligned by rapidfuzz, whose time is bounded: words x words / 64.
-LARGEST_PRODUCT = 250_000
+LARGEST_PRODUCT = 40_000
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,16 @@ def near_edits(pieces: Sequence[Piece], words: int) -> list[Piece]:
 def shorten_edits(pieces: Sequence[Piece], words: int) -> list[Piece]:
     """Keep the first `words` words of each edit; an ellipsis stands for the others."""
     return [piece if piece.kind == "=" else replace(piece, words=_ends(piece.words, words, 0)) for piece in pieces]
+
+
+def cut_edits(pieces: Sequence[Piece], characters: int) -> list[Piece]:
+    """Keep the first `characters` characters of each edit; an ellipsis stands for the others."""
+    return [
+        piece
+        if piece.kind == "=" or len(piece.text) <= characters
+        else replace(piece, words=[piece.text[:characters], ELLIPSIS])
+        for piece in pieces
+    ]
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int | None:

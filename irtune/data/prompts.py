@@ -22,6 +22,7 @@ INSTRUCTION = (
     "\nIntention:",
 )
 Encoded = dict[str, list[dict[str, list[int]]]]  # by split: what `Encoder.encode` makes of each example
+LEAST_CHARACTERS = 8  # of each edit that are shown, before later edits are
 PAIR_SEPARATOR = "\n"  # for tokenizers without a separator of their own
 
 
@@ -63,8 +64,8 @@ class Encoder:
         self.budget = data.max_length - len(self.head) - len(self.middle) - len(self.tail)
         if self.budget < 2:
             raise ConfigError(
-                f"data.max_length is {data.max_length}, but the {'own' if data.template else data.prompt} template "
-                "alone takes "
+                f"data.max_length is {data.max_length}, but "
+                f"{'your template (data.template)' if data.template else f'the {data.prompt} template'} alone takes "
                 f"{data.max_length - self.budget} tokens; accepted: at least {data.max_length - self.budget + 2}"
             )
 
@@ -204,7 +205,13 @@ class Encoder:
             words = diff.largest(lambda words: self._fits(diff.near_edits(pieces, words)), self.budget)
             return diff.near_edits(pieces, words or 0)
         words = diff.largest(lambda words: self._fits(diff.shorten_edits(bare, words)), self.budget)
-        return diff.shorten_edits(bare, words or 1)
+        short = diff.shorten_edits(bare, words or 1)
+        if words:
+            return short
+        # Single words that are too long: addresses, encoded data, scripts without blanks.
+        limit = min(max(len(piece.text) for piece in short), 16 * self.budget)
+        characters = diff.largest(lambda characters: self._fits(diff.cut_edits(short, characters)), limit)
+        return diff.cut_edits(short, max(characters or 0, LEAST_CHARACTERS))
 
 
 def shorten(before: list[int], after: list[int], budget: int) -> tuple[list[int], list[int]]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from irtune.config import OptimConfig
+from irtune.config.labels import canonical
 from irtune.errors import ConfigError
 
 # logits [batch, classes], labels int64 [batch] and, where examples weigh differently, their weights fp32 [batch]
@@ -51,6 +52,7 @@ def class_weights(optim: OptimConfig, labels: Sequence[str]) -> list[float] | No
                 f"{', '.join(labels)}"
             )
         return [float(value) for value in given]
+    given = {name if name in labels else canonical(name): value for name, value in given.items()}
     strange = next((name for name in given if name not in labels), None)
     if strange is not None:
         near = difflib.get_close_matches(strange, labels, n=1)

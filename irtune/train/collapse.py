@@ -11,11 +11,14 @@ def collapse(predictions: Predictions, labels: Sequence[str], config: Config) ->
     predicted, true = predictions.logits.argmax(-1).unique(), predictions.labels.unique()
     if len(predicted) > 1 or len(true) < 2:
         return None
-    advice = [f"another optim.lr (it is {config.optim.lr:g}), with a longer optim.warmup_steps"]
-    if config.optim.loss != "class_balanced":
+    optim, templated = config.optim, config.data.template is not None
+    warmup = "optim.warmup_steps" if optim.warmup_fraction is None else "optim.warmup_fraction"
+    advice = [f"another optim.lr (it is {optim.lr:g}), with a longer {warmup}"]
+    if optim.loss != "class_balanced" and optim.class_weights is None:  # both weigh classes
         advice.append("optim.loss class_balanced")
-    if config.data.after is not None and config.data.prompt != "diff":
-        advice.append("data.prompt diff with model.pooling mean+edit")
+    if config.data.after is not None and (config.data.prompt != "diff" or templated):
+        without = " without data.template and" if templated else ""
+        advice.append(f"data.prompt diff{without} with model.pooling mean+edit")
     elif config.data.prompt == "diff" and config.model.pooling == "class":
         advice.append("model.pooling mean+edit")
     return (

@@ -42,7 +42,7 @@ def run(config: Config) -> dict[str, Any] | None:
         StoppedError: after SIGTERM or SIGINT, when the last step is saved.
     """
     world = runtime.read_world()
-    console.let_speak(is_main=world.is_main)
+    console.let_speak(sys.stdout, is_main=world.is_main)
     console.quiet_libraries()
     console.quiet_transformers()
     settings = engine_settings(config, world)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from irtune.cli import main
 from irtune.commands import COMMANDS
+from irtune.commands.evaluate import _same
 from irtune.data.synthetic import synthetic_pairs
 from tests.support.ranks import run_ranks
 from tests.support.runs import forked_after, launch
@@ -222,6 +224,9 @@ def test_data_stats_finds_duplicates_contradictions_and_leakage(tmp_path, capsys
     assert (train["empty_after"], dev["empty_before"]) == (1, 1)
     assert train["labels"] == {"x": 3, "y": 2}
     assert (found["pairs_in_several_splits"], found["documents_in_several_splits"]) == (1, 1)
+    assert main(["data", "stats", "--data", str(tmp_path), "--data.group", "doc"]) == 0
+    said = capsys.readouterr().out
+    assert "leakage: 1 pair of texts is in more than one split; 1 document is\n" in said
     assert main(["data", "stats", "--data", str(tmp_path)]) == 0
     assert "documents unknown" in capsys.readouterr().out
     assert main(["data", "stat"]) == 2
@@ -253,3 +258,25 @@ def test_baselines_say_what_is_easily_reached(corpus, capsys):
     assert rows["linear model of changed words"]["accuracy"] >= rows[always]["accuracy"]
     assert main(["data", "baseline", "--data", str(corpus)]) == 0
     assert "linear model of changed words" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_json_is_all_of_stdout_also_beside_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a process of its own
+    for split, labels in (("train", "xyxy"), ("dev", "xx")):
+        lines = [json.dumps({"before": f"{split}{i}", "after": "", "label": label}) for i, label in enumerate(labels)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    assert main(["data", "stats", "--data", str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["splits"]["dev"]["labels"] == {"x": 2, "y": 0}
+    assert "the dev split has no example of 'y'" in err
+
+
+@pytest.mark.quick
+def test_one_corpus_under_several_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    for name in ("corpus", "corpus/", "./corpus", str(tmp_path / "corpus")):
+        assert _same(name, "corpus")
+    assert _same("someone/corpus", "someone/corpus")
+    assert not _same("corpus/en", "corpus") and not _same("corpus", None)

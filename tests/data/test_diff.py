@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from irtune.config import load_config
 from irtune.config.schema import DataConfig
 from irtune.data import Encoder, Example
-from irtune.data.diff import MARKS, Piece, diff, largest, near_edits, render, shorten_edits, texts
+from irtune.data.diff import MARKS, Piece, cut_edits, diff, largest, near_edits, render, shorten_edits, texts
 from irtune.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.quick
@@ -32,6 +32,9 @@ TRICKY = st.text(alphabet="ab [-]{+}<>\\/deli ", max_size=40)
         ("it's", "its", "[-it's-]{+its+}"),
         ("x [-y-] z", "x [-y-] w", r"x [\-y-\] [-z-]{+w+}"),
         ("a {+b+}", "a", r"a[- {\+b+\}-]"),
+        ("猫が好きです", "犬が好きです", "[-猫-]{+犬+}が好きです"),  # no blanks between words
+        ("我爱红色的房子。", "我爱蓝色的房子。", "我爱[-红-]{+蓝+}色的房子。"),
+        ("빨간 집", "파란 집", "[-빨간-]{+파란+} 집"),
         (r"[\- x", r"[\- y", r"[\\- [-x-]{+y+}"),
     ],
 )
@@ -83,6 +86,15 @@ def test_cells_of_50000_characters_take_bounded_time(llama, before, after):
     assert time.process_time() - started < 5  # about 1; difflib alone would take hours for the first
 
 
+@pytest.mark.parametrize(
+    "before, after", [("a b " * 50, "b a c " * 33), ("." * 200, "." * 200), ("a b " * 120, "b a c " * 80)]
+)
+def test_pairs_of_hundreds_of_words_take_milliseconds(before, after):
+    started = time.process_time()
+    assert texts(render(diff(before, after)).text) == (before, after)
+    assert time.process_time() - started < 1  # below 0.1
+
+
 def test_unchanged_text_far_from_edits_is_left_out():
     pieces = diff("one two, three. four five six seven", "one two, three. FOUR five six SEVEN")
     assert render(near_edits(pieces, 1)).text == "… three. [-four-]{+FOUR+} five six [-seven-]{+SEVEN+}"
@@ -98,6 +110,12 @@ def test_long_edits_keep_their_beginning():
     pieces = [Piece("=", ["a", " "]), Piece("-", ["b", " ", "c", " ", "d"]), Piece("+", ["e"])]
     assert render(shorten_edits(pieces, 2)).text == "a [-b c …-]{+e+}"
     assert shorten_edits(pieces, 3) == pieces
+
+
+def test_cut_edits_keep_their_first_characters():
+    pieces = [Piece("=", ["longer than that"]), Piece("-", ["abcdef"]), Piece("+", ["abc"])]
+    assert render(cut_edits(pieces, 3)).text == "longer than that[-abc…-]{+abc+}"
+    assert cut_edits(pieces, 6) == pieces
 
 
 @given(st.integers(-1, 40), st.integers(0, 40))
@@ -137,6 +155,13 @@ def test_truncation_of_edits_that_are_too_long_keeps_the_beginning_of_each(bpe):
     shown, marked = encoded(bpe, before="some context. " + "blue " * 90, after="some context. " + "the-red-" * 90)
     assert "context" not in shown and "".join(marked) in shown
     assert shown.startswith("…[-blue blue") and " …-]{+the-red-the" in shown and shown.endswith("…+}")
+
+
+def test_of_a_long_word_both_sides_are_shown(bpe):
+    shown, marked = encoded(bpe, before="see https://" + "x1" * 300, after="see https://" + "y2" * 300)
+    removed, added = shown.split("-]{+")
+    assert removed.startswith("…[-") and "x1x1" in removed and removed.endswith("…")
+    assert "y2y2" in added and added.endswith("…+}") and len(marked) > 50
 
 
 def test_more_edits_than_fit_are_shown_from_the_first_on(bpe):

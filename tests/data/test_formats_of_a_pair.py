@@ -98,7 +98,9 @@ def test_a_template_is_never_cut_and_fits():
     encoder = Encoder(own, DataConfig(template="old : {before} new : {after} x", max_length=16), LABELS)
     ids = encoder.encode(Example("1", "a " * 50, "b " * 50, 0))["input_ids"]
     assert own.decode(ids) == "old : " + "a " * 6 + "new : " + "b " * 5 + "x"
-    with pytest.raises(ConfigError, match="own template alone takes 20 tokens; accepted: at least 22"):
+    with pytest.raises(
+        ConfigError, match=r"but your template \(data\.template\) alone takes 20 tokens; accepted: at least 22"
+    ):
         Encoder(own, DataConfig(template="old " * 20 + "{before}{after}", max_length=16), LABELS)
 
 
@@ -160,3 +162,13 @@ def test_a_template_comes_from_a_file_and_goes_into_the_configuration(tmp_path):
 def test_a_template_beside_a_prompt_is_a_contradiction():
     with pytest.raises(ConfigError, match=r"data\.template takes the place of data\.prompt plain"):
         load_config(["--data.path", "x", "--data.template", "{before} {after}", "--data.prompt", "plain"])
+
+
+@pytest.mark.parametrize("count", [4_097, 20_000])
+def test_a_long_template_is_read_back_from_the_run(tmp_path, count):
+    around = "{before} -> {after}"
+    (tmp_path / "template.txt").write_text("x" * (count - len(around)) + around)
+    config = load_config(["--data.path=x", f"--data.template={tmp_path / 'template.txt'}"])
+    assert config.data.template is not None and len(config.data.template) == count
+    write_config(config, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config

@@ -149,6 +149,25 @@ def test_a_shard_that_is_missing_is_named(tmp_path):
         read_corpus(DataConfig(path=str(tmp_path)))
 
 
+def test_shards_of_several_folders_are_counted_in_each(tmp_path):
+    for name, number in (("en", 2), ("de", 3)):
+        shards(tmp_path / name, "train", 12, number, name)
+    head = "---\nconfigs:\n- config_name: all\n  data_files: [en/*, de/*]\n---\n"
+    (tmp_path / "README.md").write_text(head)
+    corpus = read_corpus(DataConfig(path=str(tmp_path), config="all", dev_fraction=0.25))
+    assert (len(corpus.splits["train"]), len(corpus.splits["dev"])) == (18, 6)
+    (tmp_path / "de/train-00002-of-00003.parquet").unlink()
+    with pytest.raises(DataError, match=r"de: 2 of 3 shards train-\*-of-00003 are there; number 2 is missing"):
+        read_corpus(DataConfig(path=str(tmp_path), config="all", dev_fraction=0.25))
+
+
+def test_several_files_without_rows_are_named(tmp_path):
+    for name in ("train/0.jsonl", "train/1.jsonl"):
+        lines(tmp_path / name, 0)
+    with pytest.raises(DataError, match=r"/train has no rows$"):
+        read_corpus(DataConfig(path=str(tmp_path), dev_fraction=0.5))
+
+
 def test_two_sources_of_one_split_are_an_error(tmp_path):
     shards(tmp_path / "data", "train", 6, 2)
     lines(tmp_path / "data/train.jsonl", 3)

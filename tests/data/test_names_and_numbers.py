@@ -10,8 +10,9 @@ import pyarrow
 import pytest
 
 from irtune.config import DataConfig
+from irtune.config.labels import canonical
 from irtune.data import read_corpus, read_split, read_table
-from irtune.data.readers.cells import by_number, canonical
+from irtune.data.readers.cells import by_number
 from irtune.errors import DataError
 
 pytestmark = pytest.mark.quick
@@ -206,10 +207,12 @@ def test_weights_are_read_for_training_only(tmp_path, suffix):
     assert len(read_split(DataConfig(path=str(dev), weight="w"), "test", ["x", "y"])) == 2
 
 
-@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "much", "", None, True, [1]])
+@pytest.mark.parametrize("value", [-1, 1_000_001, float("nan"), float("inf"), "much", "", None, True, [1]])
 def test_a_weight_that_is_none_is_named_with_its_row(tmp_path, value):
     path = write(tmp_path / "train.jsonl", rows("xyx", w=[1, value, 1]))
-    with pytest.raises(DataError, match=r"row 2, column 'w': .* is not a weight; accepted: a number of at least 0"):
+    with pytest.raises(
+        DataError, match=r"row 2, column 'w': .* is not a weight; accepted: a number from 0 to 1,000,000"
+    ):
         read_corpus(DataConfig(train=str(path), dev=str(path), weight="w"))
 
 

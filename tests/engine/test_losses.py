@@ -96,3 +96,9 @@ def test_weights_of_examples_keep_the_mean_over_examples():
     assert sum(parts) / 3 == pytest.approx(by_hand)
     balanced = build_loss(OptimConfig(class_weights=[3.0, 1.0, 1.0]), [1, 2, 0], CPU)
     assert float(balanced(LOGITS, LABELS, weights)) == pytest.approx((6 * each()[0] + 0.5 * each()[2]) / 3)
+
+
+def test_class_weights_name_labels_in_any_spelling():
+    assert class_weights(OptimConfig(class_weights={"True": 2, "1.0": 3}), ["1", "true", "false"]) == [3, 2, 1]
+    assert class_weights(OptimConfig(class_weights={"TRUE": 2}), ["TRUE", "x"]) == [2, 1]
+    assert class_weights(OptimConfig(class_weights={"clarity": 0}), ["clarity", "style"]) == [0, 1]

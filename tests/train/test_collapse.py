@@ -20,6 +20,14 @@ LOGITS = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.5, 0.1], [0.0, 3.0, 1.0]])
     [
         ([], "optim.loss class_balanced, or data.prompt diff with model.pooling mean+edit"),
         (["--data.prompt=diff", "--optim.loss=class_balanced"], "optim.warmup_steps, or model.pooling mean+edit"),
+        (
+            ["--optim.warmup_fraction=0.1", "--optim.class_weights=[1, 2, 3]"],
+            "a longer optim.warmup_fraction, or data.prompt diff with model.pooling mean+edit",
+        ),
+        (
+            ["--data.template={before}{after}", "--optim.loss=class_balanced"],
+            "optim.warmup_steps, or data.prompt diff without data.template and with model.pooling mean+edit",
+        ),
         (["--data.after=null", "--optim.loss=class_balanced", "--optim.lr=0.1"], "another optim.lr (it is 0.1), with"),
     ],
 )

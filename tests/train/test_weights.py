@@ -131,6 +131,8 @@ def test_a_share_takes_the_place_of_steps(tmp_path):
         ("{a: .inf}", r"class_weights"),
         ("[0, 0]", "no weight above 0"),
         ("{a: much}", r"optim\.class_weights: takes"),
+        ("{null: 1}", r"optim\.class_weights: takes"),
+        ('{1: 2, "1": 3}', r"optim\.class_weights: takes"),
     ],
 )
 def test_class_weights_that_are_none(value, words):
@@ -142,6 +144,13 @@ def test_class_weights_that_are_none(value, words):
 def test_class_weights_of_numbers_and_beside_another_weighting():
     config = load_config(["--data.path", "x", "--optim.class_weights", "{0: 1, 1: 2.5}"])
     assert config.optim.class_weights == {"0": 1, "1": 2.5}
+    for given, wanted in (
+        ("{true: 2, FALSE: 3}", {"true": 2, "false": 3}),
+        ("{1.0: 2, 1.5: 3}", {"1": 2, "1.5": 3}),
+        ("{clarity: 0}", {"clarity": 0}),  # other labels have 1
+    ):
+        config = load_config(["--data.path", "x", f"--optim.class_weights={given}"])
+        assert config.optim.class_weights == wanted
     with pytest.raises(ConfigError, match="both weigh classes"):
         load_config(["--data.path", "x", "--optim.class_weights", "[1, 2]", "--optim.loss", "class_balanced"])
     with pytest.raises(ConfigError, match=r"data\.weight is 'label', a column that is"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from irtune.commands.common import a_path, add_ranks, at_least, parser
+from irtune.commands.common import a_path, add_ranks, at_least, parser, show
 from irtune.commands.compare.grid import Cell, build_grid, parse_corpora, parse_variants
 from irtune.commands.compare.linear import LinearResult, linear_baseline
 from irtune.commands.compare.runs import Outcome, check_folders, run_cell
@@ -71,7 +71,7 @@ def compare(arguments: Sequence[str]) -> int:
         outcomes.append(run_cell(cell, ranks))
         log.info("  %s", _brief(outcomes[-1]))
         write_report(outcomes, linear, folder, _notes(arguments, ranks))  # also when it is stopped half-way
-    log.info("%s", (folder / "compare.md").read_text(encoding="utf-8"))
+    show((folder / "compare.md").read_text(encoding="utf-8"))
     return 0
 
 

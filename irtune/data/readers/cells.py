@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
+from irtune.config.labels import canonical
 from irtune.errors import DataError, brief
 
 Row = dict[str, Any]
@@ -15,13 +16,10 @@ Row = dict[str, Any]
 Columns = Callable[[Sequence[str]], Collection[str]]
 MAX_CHARACTERS = 1_000_000  # of a text; a novel has about 500,000. Longer ones are files whose quotes went wrong
 MAX_LABEL = 200
+MAX_WEIGHT = 1_000_000  # of an example; larger numbers are another column
 MAX_LABELS = 1_000  # of a corpus; the confusion matrix has the square of it
 _TURNS_TERMINALS = {"Cc", "Zl", "Zp"}  # control characters and line breaks
 _WHOLE = re.compile(r"-?[0-9]+")
-# A whole number as programs write it that know floats only: 12.0 (pandas, a column with a gap), 1e+05 (R).
-_WHOLE_AS_FLOAT = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0*")
-_SCIENTIFIC = re.compile(r"-?[0-9](\.[0-9]+)?[eE]\+[0-9]{2}")
-_TRUTH = {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
 
 
 def as_text(value: Any, where: str) -> str:
@@ -43,32 +41,6 @@ def as_text(value: Any, where: str) -> str:
     return value
 
 
-def canonical(value: Any) -> Any:
-    """The one text of a whole number or a truth value, however a file writes it; other values as they are.
-
-    1, 1.0, "1.0" and Decimal("1.00") are "1"; True, "TRUE" and "True" are "true". "01", "1.5" and "1e5" stay.
-    """
-    if isinstance(value, str):
-        if value in _TRUTH:
-            return _TRUTH[value]
-        if "." not in value and "+" not in value:
-            return value
-        whole = _WHOLE_AS_FLOAT.fullmatch(value)
-        if whole is not None:
-            return "0" if whole[1] == "-0" else whole[1]
-        if _SCIENTIFIC.fullmatch(value) is None:
-            return value
-        number = float(value)
-        return str(int(number)) if number.is_integer() else value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
-        return str(int(value))
-    return value
-
-
 def by_number(names: Iterable[str]) -> list[str]:
     """Labels in order: by value where all of them are whole numbers, else as texts."""
     names = list(names)
@@ -78,7 +50,7 @@ def by_number(names: Iterable[str]) -> list[str]:
 
 
 def as_weight(value: Any, where: str) -> float:
-    """The weight of an example: a number of at least 0, or a text that is one.
+    """The weight of an example: a number from 0 to `MAX_WEIGHT`, or a text that is one.
 
     Raises:
         DataError: for anything else.
@@ -88,9 +60,9 @@ def as_weight(value: Any, where: str) -> float:
         weight = float(value) if good else math.nan
     except (ValueError, OverflowError):
         weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise DataError(f"{where}: {brief(value)} is not a weight; accepted: a number of at least 0 (data.weight names "
-                        "the column)")  # fmt: skip
+    if not 0 <= weight <= MAX_WEIGHT:
+        accepted = f"accepted: a number from 0 to {MAX_WEIGHT:,} (data.weight names the column)"
+        raise DataError(f"{where}: {brief(value)} is not a weight; {accepted}")
     return weight
 
 

@@ -103,18 +103,21 @@ def _is_data(path: Path) -> bool:
 
 def _check_complete(paths: list[Path]) -> None:
     """Raise a DataError when one of N shards is not there: a corpus that was copied in part looks like a whole one."""
-    shards = [shard for shard in (_SHARD.fullmatch(path.stem) for path in paths) if shard is not None]
-    if not shards:
-        return
-    count, there = int(shards[0]["count"]), {int(shard["number"]) for shard in shards}
-    if len(there) < len(shards):
-        raise DataError(f"{paths[0].parent}: two files are one shard: {listed(path.name for path in paths)}")
-    missing = next((number for number in range(count) if number not in there), None)
-    if missing is not None:
-        raise DataError(
-            f"{paths[0].parent}: {len(there)} of {count} shards {shards[0]['stem']}-*-of-{shards[0]['count']} are "
-            f"there; number {missing} is missing"
-        )
+    sets: dict[tuple[Path, str, str], dict[Path, int]] = defaultdict(dict)  # a corpus may lie in several folders
+    for path in paths:
+        shard = _SHARD.fullmatch(path.stem)
+        if shard is not None:
+            sets[path.parent, shard["stem"], shard["count"]][path] = int(shard["number"])
+    for (folder, stem, count), numbers in sets.items():
+        there = set(numbers.values())
+        if len(there) < len(numbers):
+            raise DataError(f"{folder}: two files are one shard: {listed(path.name for path in numbers)}")
+        missing = next((number for number in range(int(count)) if number not in there), None)
+        if missing is not None:
+            raise DataError(
+                f"{folder}: {len(there)} of {int(count)} shards {stem}-*-of-{count} are there; number {missing} is "
+                "missing"
+            )
 
 
 def _saved(folder: Path) -> Files:

@@ -4,8 +4,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from irtune.config.labels import canonical
 from irtune.config.schema import DataConfig
-from irtune.data.readers.cells import MAX_LABELS, Row, as_label, as_name, as_text, as_weight, canonical, listed
+from irtune.data.readers.cells import MAX_LABELS, Row, as_label, as_name, as_text, as_weight, listed
 from irtune.errors import DataError
 
 
@@ -58,7 +59,9 @@ class RecordReader:
     def checked(self, records: list[Record]) -> list[Record]:
         """`records`, of which there must be some."""
         if not records:
-            raise DataError(f"{self.where}: no rows are left without the labels {self.data.drop_labels}")
+            dropped = self.data.drop_labels
+            raise DataError(f"{self.where}: no rows are left without the labels {dropped}" if dropped else
+                            f"{self.where} has no rows")  # fmt: skip
         return records
 
     def read(self, rows: Iterable[tuple[int, Row]]) -> list[Record]:

@@ -217,8 +217,7 @@ def test_the_guard_makes_no_gradients_of_the_models_own_weights(models):
     model, table = add_adapters(classifier, adapter)
     made = []
     for _, parameter in table.all():
-        if parameter.requires_grad:
-            parameter.register_hook(lambda gradient: made.append(gradient.shape))
+        parameter.requires_grad_(True).register_hook(lambda gradient: made.append(gradient.shape))
     guard.check(model, table, adapter)
     assert not made and table.all()
 

@@ -75,6 +75,15 @@ def test_a_finished_run_that_is_asked_for_more_goes_on(llama, corpus, tmp_path):
     assert "optim.max_steps was 8 and is 6" in shorter[0]
 
 
+def test_what_a_run_started_from_is_not_read_again(llama, corpus, base, tmp_path):
+    start = shutil.copytree(base, tmp_path / "start")
+    config = tiny_config(llama, corpus, tmp_path / "run", optim__max_steps=2, model__start_from=start)
+    before = losses(launch(config, 1))
+    shutil.rmtree(start)
+    after = losses(launch(tiny_config(llama, corpus, tmp_path / "run", optim__max_steps=3, model__start_from=start), 1))
+    assert after[:2] == before and len(after) == 3
+
+
 @pytest.mark.quick
 def test_a_key_that_a_checkpoint_does_not_know_had_its_default():
     now = {"model": dict(vars(Config().model)), "seed": 0}

@@ -1,14 +1,16 @@
 """A look at what was built, before anything is trained with it: nothing is believed, it is checked once.
 
-Two texts of the corpus, a short one and a longer one, go through the model alone and padded in one batch. Their logits
-must be the same; with irtune's own attention, the same as with the model's own; and with fresh adapters, the same as
-without. One backward pass shows which parameters get a gradient.
+Two texts of the corpus, a short one and a longer one, go through the model alone and padded in one batch. What comes
+out must be the same; with irtune's own attention, the same as with the model's own; and with fresh adapters, the same
+as without. What comes out is logits, or, under a pooled head, which starts at zero, what that head reads. One backward
+pass shows which parameters get a gradient.
 """
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,25 +25,27 @@ from irtune.data import collate
 from irtune.distributed.partitioned import is_partitioned
 from irtune.errors import ConfigError, ModelError
 from irtune.models import Classifier
+from irtune.models.kernels import without_flash_on_cpu
 from irtune.models.kernels.attention import CPU_ATTENTION, as_in_training
 from irtune.models.limits import cannot_read, longest_input
+from irtune.models.pooling import HEAD_NAME, pooling_of
 
 log = logging.getLogger("irtune")
 Text = Mapping[str, Sequence[int]]
 SECONDS = 2.0  # what the guard may cost at the start of a run
 PASSES = 8  # its forward passes, where a backward pass counts for two
 LONGEST = 32  # tokens of the longer text, if the corpus has such texts
-# Largest difference of logits, as a share of the largest logit: rounding, and nothing else.
+# Largest difference of outputs, as a share of the largest output: rounding, and nothing else.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 @dataclass
 class Guard:
-    """What is known of a model without adapters. logits: of the two texts, each alone, [2, classes]."""
+    """What is known of a model without adapters. outputs: of the two texts, each alone, [2, classes or features]."""
 
     classifier: Classifier
     texts: list[Text]
-    logits: torch.Tensor
+    outputs: torch.Tensor
 
     def check(self, model: nn.Module, table: LayerTable, adapter: AdapterConfig) -> None:
         """Look at the model with its adapters.
@@ -52,7 +56,7 @@ class Guard:
         alone = _alone(self.classifier, model, self.texts)
         kind, name = adapter_kinds()[adapter.type], type(self.classifier.model).__name__
         if kind.silent:
-            change = _difference(alone, self.logits)
+            change = _difference(alone, self.outputs)
             if change > _tolerance(self.classifier.model):
                 raise ModelError(
                     f"adapter.type {kind.name} changes what {name} computes before it is trained ({_share(change)}): "
@@ -61,6 +65,8 @@ class Guard:
                 )
         batch = _together(self.classifier, model, self.texts)
         _check_padding(self.classifier, alone, batch, f"adapter.type {kind.name}: ")
+        if kind.pretrained:  # their gradients would fill as much memory as the model
+            return
         unmoved = _without_gradient(self.classifier, model, table, self.texts)
         if unmoved and kind.own_weights:
             log.warning("%s: %s (%d such weights) get no gradient and stay as they are", name, unmoved[0], len(unmoved))
@@ -147,36 +153,49 @@ def _logits(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torc
     return model(**batch).logits.float()
 
 
+def _outputs(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
+    """Logits [texts, classes], or what a pooled head reads [texts, features]: such a head starts at zero."""
+    if pooling_of(classifier.model) is None:
+        return _logits(classifier, model, texts)
+    read: list[torch.Tensor] = []
+    head = classifier.model.get_submodule(HEAD_NAME)
+    handle = head.register_forward_pre_hook(lambda _head, inputs: read.append(inputs[0].float()))
+    try:
+        _logits(classifier, model, texts)
+    finally:
+        handle.remove()
+    return read[0]
+
+
 def _alone(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
-    with _at_rest(model), torch.no_grad():
-        return torch.cat([_logits(classifier, model, [text]) for text in texts])
+    with _at_rest(classifier, model), torch.no_grad():
+        return torch.cat([_outputs(classifier, model, [text]) for text in texts])
 
 
 def _together(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
-    with _at_rest(model), torch.no_grad():
-        return _logits(classifier, model, texts)
+    with _at_rest(classifier, model), torch.no_grad():
+        return _outputs(classifier, model, texts)
 
 
-class _at_rest:  # noqa: N801 - used as a context
-    """Inside, a model evaluates, and draws random numbers that nobody misses afterwards."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.random = torch.random.fork_rng()
-
-    def __enter__(self) -> None:
-        self.modes = {part: part.training for part in self.model.modules()}
-        self.random.__enter__()
-        self.model.eval()
-
-    def __exit__(self, *error: Any) -> None:
-        self.random.__exit__(*error)
-        for part, training in self.modes.items():
+@contextlib.contextmanager
+def _at_rest(classifier: Classifier, model: nn.Module) -> Iterator[None]:
+    """Inside, a model evaluates, where it is, and draws random numbers that nobody misses afterwards."""
+    device: torch.device = classifier.model.device  # type: ignore[assignment]
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with (
+            torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]),
+            without_flash_on_cpu(classifier.model),
+        ):
+            yield
+    finally:
+        for part, training in modes.items():
             part.training = training
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Largest difference as a share of the largest logit; infinite where one is not finite."""
+    """Largest difference as a share of the largest output; infinite where one is not finite."""
     if not bool(one.isfinite().all() and other.isfinite().all()):
         return float("inf")
     scale = torch.maximum(one.abs().amax(), other.abs().amax()).clamp_min(1e-6)
@@ -184,7 +203,7 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _share(change: float) -> str:
-    return f"logits by {change:.0%}" if change != float("inf") else "logits that are not finite"
+    return f"a difference of {change:.0%}" if change != float("inf") else "numbers that are not finite"
 
 
 def _tolerance(model: nn.Module) -> float:
@@ -208,7 +227,7 @@ def _without_gradient(classifier: Classifier, model: nn.Module, table: LayerTabl
     try:
         for _, parameter in table.all():
             parameter.requires_grad_(True)
-        with _at_rest(model), torch.enable_grad():
+        with _at_rest(classifier, model), torch.enable_grad():
             _logits(classifier, model, texts).logsumexp(-1).sum().backward()
         layers = classifier.anatomy.layers
         reached = {_group(name, layers) for name, parameter in table.all() if parameter.grad is not None}

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from irtune.errors import ModelError
 from irtune.models import Classifier
+from irtune.models.pooling import begins_with_cls
 
 
 class SoftTokens(nn.Module):
@@ -67,5 +68,5 @@ class SoftTokens(nn.Module):
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """1 for tokenizers with a classification token, which models read at the first place; else 0."""
-    return int(tokenizer.cls_token_id is not None)
+    """1 for tokenizers that put a classification token first, where models read it; else 0."""
+    return int(begins_with_cls(tokenizer))

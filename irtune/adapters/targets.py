@@ -22,6 +22,7 @@ from irtune.distributed.partitioned import is_partitioned, runnable
 from irtune.errors import ConfigError
 from irtune.models import Classifier
 from irtune.models.anatomy import is_linear, linear_names, weight_names
+from irtune.models.kernels import without_flash_on_cpu
 from irtune.models.limits import cannot_read
 
 log = logging.getLogger("irtune")
@@ -185,7 +186,7 @@ def _never_called(classifier: Classifier, names: list[str]) -> list[str]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), runnable(model, layer_list(classifier)):
+        with torch.no_grad(), without_flash_on_cpu(model), runnable(model, layer_list(classifier)):
             ids = torch.arange(TOKENS, device=model.device).remainder(model.get_input_embeddings().num_embeddings)
             model(input_ids=ids.unsqueeze(0), attention_mask=torch.ones_like(ids).unsqueeze(0))
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from irtune.commands.common import a_path, add_folder, parser, show, trusted
 from irtune.commands.model_card import model_card
@@ -27,7 +27,8 @@ from irtune.evaluation.saved_run import (
 )
 from irtune.files import replacing, write_json, writing
 from irtune.models.classifier import load_tokenizer
-from irtune.models.padding import suit_pooling
+from irtune.models.files import find_source
+from irtune.models.padding import pools_last_place, suit_pooling
 from irtune.models.pooling import HEAD_FILE, load_head, pooling_of, save_head
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
@@ -70,18 +71,22 @@ def _adapter(source: Path, target: Path, trust: list[str]) -> None:
     for name in ADAPTER_FILES:  # by name: whatever else, or whatever link, is in the folder stays there
         shutil.copyfile(folder / name, target / name)
     encoder = Encoder(load_tokenizer(config.model), config.data, list(results["dev"]["per_class"]))
-    _describe(target, config, results, encoder, merged=False)
+    settings = AutoConfig.from_pretrained(find_source(config.model), trust_remote_code=config.model.trust_remote_code)
+    _describe(target, config, results, encoder, settings, merged=False)
 
 
-def _describe(target: Path, config: Config, results: dict[str, Any], encoder: Encoder, *, merged: bool) -> None:
+def _describe(
+    target: Path, config: Config, results: dict[str, Any], encoder: Encoder, settings: Any, *, merged: bool
+) -> None:
     """Write the model card, and what irtune needs to predict from the folder: config.yaml and results.json.
 
     Of paths on this machine, only their last names go into it, and the base model's.
     """
-    card = model_card(config, results, encoder, merged=merged)
+    side = "left" if pools_last_place(settings) else "right"
+    card = model_card(config, results, encoder, merged=merged, padding_side=side)
     (target / "README.md").write_text(card, encoding="utf-8")
     corpus = Path(config.data.path or config.data.train or "corpus").name or "corpus"
-    model = config.model
+    model = dataclasses.replace(config.model, start_from=None)  # a start, and not needed to predict
     if merged:  # the update was added in fp32
         model = dataclasses.replace(model, dtype="float32", quantization="none")
     exported = Config(
@@ -129,7 +134,7 @@ def _merged(source: Path, target: Path, trust: list[str]) -> None:
     if wrong or difference > TOLERANCE:
         reason = f"{wrong[0]} has no place in the base model" if wrong else f"probabilities differ by {difference:.1e}"
         raise RunError(f"adapter.type {config.adapter.type} cannot be merged into this model: {reason}")
-    _describe(target, config, results, run.encoder, merged=True)
+    _describe(target, config, results, run.encoder, run.classifier.model.config, merged=True)
 
 
 @torch.no_grad()

@@ -14,15 +14,17 @@ PAIRS = (("He go to school every day.", "He goes to school every day."), ("", "A
 FOLDER = "THIS_FOLDER"  # stands for the export's own folder in the code
 
 
-def model_card(config: Config, results: dict[str, Any], encoder: Encoder, *, merged: bool) -> str:
-    """The text of README.md."""
+def model_card(
+    config: Config, results: dict[str, Any], encoder: Encoder, *, merged: bool, padding_side: str = "right"
+) -> str:
+    """The text of README.md. padding_side: where the model wants its padding, right or left."""
     labels = list(results["dev"]["per_class"])
     pooled = config.model.pooling != "class"
     base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format and not pooled
     if pooled and merged and encoder.marks_edits:
         code = _pooled_code(config.model, labels)
     elif (merged or peft) and not pooled and _is_simple(encoder):
-        code = _transformers_code(config, labels, encoder, merged=merged)
+        code = _transformers_code(config, labels, encoder, merged=merged, padding_side=padding_side)
     else:
         code = _irtune_code(config)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
@@ -92,7 +94,9 @@ def _is_simple(encoder: Encoder) -> bool:
     return True
 
 
-def _transformers_code(config: Config, labels: Sequence[str], encoder: Encoder, *, merged: bool) -> str:
+def _transformers_code(
+    config: Config, labels: Sequence[str], encoder: Encoder, *, merged: bool, padding_side: str
+) -> str:
     """Code that needs transformers (and peft) only and gives the run's probabilities for two examples."""
     trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     adapter = [] if merged else [f'model = PeftModel.from_pretrained(model, "{FOLDER}")']
@@ -136,7 +140,7 @@ def _transformers_code(config: Config, labels: Sequence[str], encoder: Encoder, 
         "",
         *_examples(encoder.has_pair),
         "encoded = [encode(*example) for example in examples]",
-        'batch = tokenizer.pad(encoded, padding_side="right", return_tensors="pt")',
+        f'batch = tokenizer.pad(encoded, padding_side="{padding_side}", return_tensors="pt")',
         "with torch.no_grad():",
         "    probabilities = model(**batch).logits.softmax(-1)",
         "for example, row in zip(examples, probabilities):",

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser(
         "validate",
         "Check a configuration without training: every error and warning at once, the batch arithmetic, the memory "
-        "plan, and the first three examples as the model will see them. No weights of the base model are loaded. Exit "
-        "status 0: it can run; 2: it cannot.",
+        "plan, and the first three examples as the model will see them. Where all else is right, the base model is "
+        "loaded and tried on two texts. Exit status 0: it can run; 2: it cannot.",
         "python -m irtune validate --config launch/recipes/iterater-smollm2.yaml --data.path corpus/",
         trainer=True,
     )
@@ -76,7 +76,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     if encoded:
         micro_batches = ranks * config.optim.gradient_accumulation_steps
         sampler = _tried(lambda: build_sampler(encoded["train"], config, micro_batches), problems)
-    if corpus and encoded:
+    if corpus and encoded and not problems:
         _tried(lambda: _check_model(config, corpus, encoded), problems)
     if problems or not (corpus and tokenizer and encoded and sampler):
         raise ConfigError(problems)

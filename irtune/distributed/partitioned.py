@@ -79,6 +79,13 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
             parameter.data = parameter.data.contiguous()  # it is sent as it lies in memory
 
 
+@torch.no_grad()
+def write_whole(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Give `parameter` the `values`, of its whole shape. Collective where it is partitioned."""
+    with whole([parameter], write=True):
+        parameter.data.copy_(values)
+
+
 @contextlib.contextmanager
 def runnable(model: nn.Module, units: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, `model` can be called without an engine: weights are whole while they are used. Collective.

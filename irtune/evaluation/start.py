@@ -13,19 +13,24 @@ from torch import nn
 
 from irtune.adapters import LayerTable, adapter_traits
 from irtune.config.schema import AdapterConfig
+from irtune.distributed.partitioned import whole_shape, write_whole
 from irtune.errors import ConfigError, RunError
 from irtune.evaluation.saved_run import ADAPTER_FILES, adapter_folder, is_peft_adapter, read_object
+from irtune.models.pooling import HEAD_NAME, pooling_of
 
 log = logging.getLogger("irtune")
 # Settings of peft that change what the same factors compute, and the key of irtune that sets them.
 SCALES = {"r": "r", "lora_alpha": "alpha", "use_rslora": "type", "use_dora": "type", "init_lora_weights": "type"}
 
+# Keys of adapter that change what the same values compute, in irtune's own format.
+FACTORS = ("alpha", "scale", "activation", "placement")
 
-@torch.no_grad()
+
 def start_from(place: str, model: nn.Module, table: LayerTable, adapter: AdapterConfig, labels: Sequence[str]) -> None:
     """Give fresh adapters and a fresh head the values that another run learnt, in place.
 
-    The head's rows follow the names of the labels; where the labels are others, or not known, its rows start anew.
+    The head's rows follow the names of the labels; where the labels are others, or not known, its rows start anew, and
+    with another pooling or kind of head all of it. Collective where parameters are partitioned.
 
     Args:
         place: folder of a run, or of an adapter.
@@ -55,13 +60,17 @@ def start_from(place: str, model: nn.Module, table: LayerTable, adapter: Adapter
     names = {name: _name_in_file(name, tensors) if peft else name for name, _ in table.all()}
     for name, parameter in (item for layer in table.layers for item in layer):
         saved = tensors.get(names[name])
-        if saved is None or saved.shape != parameter.shape:
+        shape = whole_shape(parameter)
+        if saved is None or saved.shape != shape:
             found = "is not there" if saved is None else f"has shape {tuple(saved.shape)} there"
             raise ConfigError(
-                f"model.start_from: {names[name]} {found} and {tuple(parameter.shape)} here; set model.name_or_path "
+                f"model.start_from: {names[name]} {found} and {tuple(shape)} here; set model.name_or_path "
                 f"and the section adapter as they were for {folder}"
             )
-        parameter.copy_(saved)
+        write_whole(parameter, saved)
+    pooling = pooling_of(model)
+    if record.get("pooling") != (pooling and pooling._asdict()):  # what the head there read, this one does not
+        tensors = {name: tensor for name, tensor in tensors.items() if HEAD_NAME not in name}
     _copy_head(given, folder, record, {names[name]: parameter for name, parameter in table.head}, tensors, labels)
     log.info("adapters and head start from %s", folder)
 
@@ -72,6 +81,13 @@ def _compare(folder: Path, record: Mapping[str, Any], model: nn.Module, adapter:
         there = record["adapter"]["type"] if isinstance(record.get("adapter"), dict) else None
         if there != adapter.type:
             raise ConfigError(f"model.start_from: {folder} has adapter.type {there}, not {adapter.type}")
+        settings = vars(AdapterConfig()) | record["adapter"]
+        for key in FACTORS:
+            if settings[key] != getattr(adapter, key):
+                raise ConfigError(
+                    f"model.start_from: {folder} has adapter.{key} {settings[key]!r}, not {getattr(adapter, key)!r}; "
+                    f"set adapter.{key} as it was there"
+                )
         return
     if not isinstance(model, PeftModel):
         raise ConfigError(f"model.start_from: {folder} holds low-rank updates, and adapter.type is {adapter.type}")
@@ -108,13 +124,18 @@ def _copy_head(
         by_label = saved is not None and saved.dim() > 0 and saved.shape[0] == rows
         if by_label and order is not None:
             saved = saved[order]  # type: ignore[index]
-        if saved is None or saved.shape != parameter.shape or (by_label and order is None):
+        if saved is None or saved.shape != whole_shape(parameter) or (by_label and order is None):
             anew = True
         else:
-            parameter.copy_(saved)
+            write_whole(parameter, saved)
     if anew:
-        known = f"for other labels ({', '.join(before)})" if before else "for labels that are not known"
-        log.info("the head of %s is %s: it starts anew", folder, known)
+        if not before:
+            why = "for labels that are not known"
+        elif order is None:
+            why = f"for other labels ({', '.join(before)})"
+        else:
+            why = "of another model.pooling or model.head"
+        log.info("the head of %s is %s: it starts anew", folder, why)
 
 
 def _labels(given: Path, record: Mapping[str, Any]) -> list[str]:

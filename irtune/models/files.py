@@ -44,7 +44,7 @@ def check_files(folder: Path, allow_pickle: bool) -> None:
         shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} does not say which file holds which weight: {error!r}") from error
-    outside = sorted(str(name)[:200] for name in shards if not isinstance(name, str) or Path(name).name != name)
+    outside = sorted(name[:200] for name in shards if Path(name).name != name)
     if outside:
         raise ModelError(f"{index} names {outside[0]!r}, which is outside of the folder; accepted: files beside it")
     missing = sorted(name for name in shards if not (folder / name).is_file())

@@ -11,9 +11,14 @@ def suit_pooling(model: nn.Module, tokenizer: Any) -> None:
 
     Such classes say so by `summary_type` last (XLNet). Batches still come padded on the right.
     """
-    if getattr(model.config, "summary_type", None) == "last":
+    if pools_last_place(model.config):
         tokenizer.padding_side = "left"  # which an export tells its users
         model.register_forward_pre_hook(_move_left, with_kwargs=True)
+
+
+def pools_last_place(settings: Any) -> bool:
+    """Whether a model with these settings reads the class at the last place, whatever is there."""
+    return getattr(settings, "summary_type", None) == "last"
 
 
 def _move_left(_module: nn.Module, arguments: tuple, batch: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

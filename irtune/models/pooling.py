@@ -95,13 +95,20 @@ def check_pooling(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> No
     """Look whether a text has what `config.pooling` reads.
 
     Raises:
-        ConfigError: for cls and a tokenizer without a classification token.
+        ConfigError: for cls and a tokenizer that does not put a classification token first.
     """
-    if config.pooling == "cls" and tokenizer.cls_token_id is None:
+    if config.pooling == "cls" and not begins_with_cls(tokenizer):
+        place = "has none" if tokenizer.cls_token_id is None else "does not put it first"
         raise ConfigError(
-            f"model.pooling cls reads a classification token, and the tokenizer of {config.name_or_path} has none; "
+            f"model.pooling cls reads a classification token, and the tokenizer of {config.name_or_path} {place}; "
             "accepted: class, last, mean, edit, mean+edit, last+edit"
         )
+
+
+def begins_with_cls(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text begins with a classification token: XLNet's ends with it, and some tokenizers add none."""
+    cls = tokenizer.cls_token_id
+    return cls is not None and tokenizer("a")["input_ids"][:1] == [cls]
 
 
 def add_pooling(model: Any, config: ModelConfig) -> None:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from irtune.distributed.partitioned import whole, whole_shape
+from irtune.distributed.partitioned import whole_shape, write_whole
 from irtune.distributed.versions import versions as versions
 from irtune.errors import CheckpointError, OutputError
 from irtune.files import fingerprint, flush, write_text, writing
@@ -201,5 +201,4 @@ def load_into(
                 "to another model, adapter or list of labels; set run.resume to never and another run.output_dir"
             )
     for name, parameter in present:  # one by one: a rank need not have room for the whole model
-        with whole([parameter], write=True):
-            parameter.data.copy_(tensors[name])
+        write_whole(parameter, tensors[name])

@@ -27,6 +27,7 @@ HARMLESS = (
     "fused_kernels",
     "trust_remote_code",
     "allow_pickle",
+    "start_from",
 )
 
 
@@ -124,6 +125,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path, *, 
     differ.
     """
     changes, usual = [], Config()
+    free = {*ignored, *(f"model.{name}" for name in HARMLESS)}  # of older checkpoints, which name some of them
     for section, value in now.items():
         old = saved.get(section)
         if isinstance(value, dict) and isinstance(old, dict):
@@ -132,7 +134,7 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path, *, 
             pairs = [(f"{section}.{name}", defaults.get(name), value.get(name)) for name in names]
         else:
             pairs = [(section, old, value)]
-        changes += [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b and name not in ignored]
+        changes += [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b and name not in free]
     if changes:
         raise CheckpointError(f"{folder} cannot be continued: {'; '.join(changes)}")
 

@@ -79,6 +79,8 @@ def run(config: Config) -> dict[str, Any] | None:
 
 def _train(setup: RunSetup, world: World, folder: Path) -> dict[str, Any]:
     trainer = build(setup, world, folder)
+    if world.is_main:
+        (folder / "results.json").unlink(missing_ok=True)  # of a finished run that now goes on
     try:
         trainer.run()
         results = collect_results(trainer, trainer.finish(folder), world)

@@ -131,10 +131,11 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         if guard is not None:
             guard.check(module, table, config.adapter)
         check_will_load(module)
-        if config.model.start_from is not None:
+        traits, suppresses = adapter_traits(config.adapter), methods()[config.tuning.method].suppresses
+        # A checkpoint overwrites all of it, but for the start that suppression goes back to.
+        if config.model.start_from is not None and (latest is None or suppresses):
             start_from(config.model.start_from, module, table, config.adapter, corpus.labels)
-        traits = adapter_traits(config.adapter)
-        suppression = Suppression(table) if methods()[config.tuning.method].suppresses else None
+        suppression = Suppression(table) if suppresses else None
         chooser = _build_chooser(config, table, ratios)
         checkpoints.identity = run_identity(config, corpus, data.sampler, data.max_steps)
         resumed = None
@@ -143,7 +144,6 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         finished = resumed is not None and resumed.ends(data.max_steps) and (folder / "results.json").is_file()
         if world.is_main and not finished:
             _open_folder(folder, given)
-            (folder / "results.json").unlink(missing_ok=True)  # of a run that now goes on
     # After weights of a checkpoint were put in: the score `weight` is of what trains.
     scores = LayerScores(table, config.tuning.score, world.device, projections)
     return RunSetup(

@@ -12,8 +12,13 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from irtune.adapters.build import add_adapters
 from irtune.cli import main
+from irtune.config import write_config
+from irtune.data import Example
 from irtune.evaluation.saved_run import load_run
+from irtune.models import load_classifier
+from tests.support import zoo
 from tests.support.runs import launch
 from tests.support.tiny import tiny_config
 
@@ -68,8 +73,6 @@ def test_the_code_of_a_model_card_gives_what_the_run_gives(runs, tmp_path, kind,
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(compile(code, "README.md", "exec"), names)
     run = load_run(runs[kind], torch.device("cpu"))
-    from irtune.data import Example
-
     rows = [Example("1", *(example if len(example) == 2 else (*example, None)), 0) for example in names["examples"]]
     wanted = run.predict(rows, 2).probabilities
     torch.testing.assert_close(names["probabilities"].float(), wanted, rtol=0, atol=1e-5)
@@ -200,3 +203,29 @@ def test_the_input_is_not_written_over(runs, corpus, tmp_path, capsys):
         assert main(["predict", "--run", str(runs["lora"]), "--input", str(source), "--output", str(target)]) == 2
         assert "is the input, which would be written over" in capsys.readouterr().err
         assert source.read_bytes() == before
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_reads_the_last_place_is_padded_on_the_left_and_no_start_is_told(tmp_path, merge):
+    model, labels, folder = zoo.build("xlnet", tmp_path), list(zoo.LABELS), tmp_path / "run"
+    data = zoo.corpus(tmp_path / "corpus")
+    config = tiny_config(model, data, folder, 0, model__start_from=tmp_path / "other", data__prompt="plain")
+    torch.manual_seed(0)
+    adapted, table = add_adapters(load_classifier(config.model, labels), config.adapter)
+    for _, parameter in table.all():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(folder / "adapter")
+    write_config(config, folder / "config.yaml")
+    dev = {"examples": 1, "accuracy": 0.0, "macro_f1": 0.0, "auprc": 0.0, "per_class": dict.fromkeys(labels)}
+    results = {"dev": dev, "steps_per_layer": [1] * 4, "num_layers": 4, "steps": 1, "layers_trained_per_step": 4.0}
+    (folder / "results.json").write_text(json.dumps(results | {"versions": {"irtune": "0"}}))
+    target = export(folder, tmp_path / "exported", *(["--merge"] if merge else []))
+    assert yaml.safe_load((target / "config.yaml").read_text())["model"].get("start_from") is None
+    card = (target / "README.md").read_text()
+    assert 'padding_side="left"' in card
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(target)), names)
+    rows = [Example("1", *example, 0) for example in names["examples"]]
+    wanted = load_run(folder, torch.device("cpu")).predict(rows, 2).probabilities
+    torch.testing.assert_close(names["probabilities"].float(), wanted, rtol=0, atol=1e-5)

@@ -14,14 +14,15 @@ from irtune.config import AdapterConfig, ModelConfig
 from irtune.errors import ConfigError, RunError
 from irtune.evaluation.start import start_from
 from irtune.models import load_classifier
+from irtune.models.pooling import pooling_of
 
 pytestmark = pytest.mark.quick
 LABELS = ["a", "b", "c"]
 IDS = torch.arange(4, 20).view(2, 8)
 
 
-def built(base, labels=LABELS, **settings):
-    classifier = load_classifier(ModelConfig(name_or_path=str(base), dtype="float32"), list(labels))
+def built(base, labels=LABELS, model=(), **settings):
+    classifier = load_classifier(ModelConfig(name_or_path=str(base), dtype="float32", **dict(model)), list(labels))
     adapter = AdapterConfig(**{"r": 4} | settings)
     return *add_adapters(classifier, adapter), adapter
 
@@ -37,15 +38,19 @@ def learnt(base, folder, **settings):
     torch.manual_seed(5)
     for _, parameter in table.all():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    if hasattr(model, "peft_config"):
+    pooling = pooling_of(model)
+    if hasattr(model, "peft_config") and pooling is None:
         model.save_pretrained(folder / "adapter")
         (folder / "results.json").write_text(json.dumps({"dev": {"per_class": dict.fromkeys(LABELS)}}))
     else:
-        write_adapter(folder / "adapter", {n: p.detach() for n, p in table.all()}, adapter, LABELS)
+        write_adapter(folder / "adapter", {n: p.detach() for n, p in table.all()}, adapter, LABELS, pooling)
     return logits(model)
 
 
-@pytest.mark.parametrize("settings", [{}, {"type": "dora"}, {"type": "pissa"}, {"type": "bottleneck", "size": 8}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"type": "dora"}, {"type": "pissa"}, {"type": "bottleneck", "size": 8}, {"model": {"pooling": "mean"}}],
+)
 def test_it_computes_what_the_other_run_did(llama, tmp_path, settings):
     wanted = learnt(llama, tmp_path, **settings)
     model, table, adapter = built(llama, **settings)
@@ -109,3 +114,43 @@ def test_a_folder_without_an_adapter_is_refused(llama, tmp_path):
     model, table, adapter = built(llama)
     with pytest.raises(RunError, match="holds no adapter"):
         start_from(str(tmp_path / "no"), model, table, adapter, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "reason"),
+    [
+        ({"model": {"pooling": "mean"}}, {"alpha": 3.0}, "has adapter.alpha 16.0, not 3.0; set adapter.alpha"),
+        ({"type": "bottleneck"}, {"scale": 2.0}, "has adapter.scale 1.0, not 2.0"),
+        ({"type": "bottleneck"}, {"activation": "relu"}, "has adapter.activation 'tanh', not 'relu'"),
+        ({"type": "bottleneck"}, {"placement": "parallel"}, "has adapter.placement 'serial', not 'parallel'"),
+    ],
+)
+def test_an_adapter_of_irtunes_format_that_computes_something_else_is_refused(
+    llama, tmp_path, settings, change, reason
+):
+    learnt(llama, tmp_path, **settings)
+    model, table, adapter = built(llama, **settings | change)
+    with pytest.raises(ConfigError, match=reason):
+        start_from(str(tmp_path), model, table, adapter, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ({"pooling": "mean"}, {"pooling": "last"}),
+        ({"pooling": "mean"}, {"pooling": "mean", "head": "mlp"}),
+        ({"pooling": "mean"}, {}),
+        ({}, {"pooling": "mean"}),
+    ],
+)
+def test_another_pooling_or_head_starts_the_head_anew_only(llama, tmp_path, caplog, there, here):
+    learnt(llama, tmp_path, model=there)
+    model, table, adapter = built(llama, model=here)
+    head = [parameter.clone() for _, parameter in table.head]
+    with caplog.at_level(logging.INFO, "irtune"):
+        start_from(str(tmp_path), model, table, adapter, LABELS)
+    assert all(torch.equal(parameter, before) for (_, parameter), before in zip(table.head, head))
+    assert "is of another model.pooling or model.head: it starts anew" in caplog.text
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name, parameter = table.layers[3][0]
+    assert torch.equal(parameter, saved.get(name, saved.get(name.replace(".default", ""))))

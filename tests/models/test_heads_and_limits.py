@@ -13,7 +13,7 @@ from irtune.adapters.guard import check_length, watch
 from irtune.config import AdapterConfig, ModelConfig
 from irtune.data import collate
 from irtune.errors import ConfigError, ModelError
-from irtune.models import load_classifier
+from irtune.models import load_classifier, pooling
 from irtune.models.limits import check_tokens, longest_input
 from tests.support import zoo
 
@@ -166,3 +166,65 @@ def test_the_guard_sees_adapters_that_are_not_silent_or_learn_nothing(models):
 def test_a_number_format_that_a_model_cannot_compute_in_is_refused(models):
     with pytest.raises(ModelError, match=r"XLNetForSequenceClassification cannot read .*; set model.dtype to float32"):
         watch(load(zoo.build("xlnet", models), dtype="bfloat16"), TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_the_guard_sees_through_a_pooled_head_that_starts_at_zero(models, kind):
+    config = ModelConfig(name_or_path=str(zoo.build("gpt2", models)), dtype="float32", pooling=kind)
+    classifier = load_classifier(config, list(zoo.LABELS))
+    guard = watch(classifier, TEXTS)
+    assert guard.outputs.shape == (2, 32) and guard.outputs.abs().amax() > 0.1
+    model, table = add_adapters(classifier, AdapterConfig(r=4))
+    guard.check(model, table, AdapterConfig(r=4))
+    factor = dict(table.layers[2])
+    factor[next(name for name in factor if "lora_B" in name)].data.fill_(0.1)
+    with pytest.raises(
+        ModelError, match=r"adapter.type lora changes what PooledGPT2ForSequenceClassification computes"
+    ):
+        guard.check(model, table, AdapterConfig(r=4))
+
+
+def test_the_guard_sees_padding_that_a_pooled_head_reads(models, monkeypatch):
+    config = ModelConfig(name_or_path=str(zoo.build("gpt2", models)), dtype="float32", pooling="mean")
+    classifier = load_classifier(config, list(zoo.LABELS))
+    monkeypatch.setattr(pooling, "_mean", lambda states, _weights: states.float().mean(1))
+    with pytest.raises(
+        ModelError, match="PooledGPT2ForSequenceClassification computes something else for a text alone"
+    ):
+        watch(classifier, TEXTS)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "bert"])
+def test_flash_attention_waits_for_the_gpu(models, name):
+    classifier = load(zoo.build(name, models))
+    settings = classifier.model.config
+    wanted = watch(classifier, TEXTS).outputs
+    seen = []
+    classifier.model.register_forward_pre_hook(lambda *_: seen.append(settings._attn_implementation))
+    settings._attn_implementation = "flash_attention_2"
+    guard = watch(classifier, TEXTS)
+    model, table = add_adapters(classifier, AdapterConfig(r=4))
+    guard.check(model, table, AdapterConfig(r=4))
+    torch.testing.assert_close(guard.outputs, wanted)
+    assert len(seen) >= 4 and set(seen) == {"sdpa"}
+    assert settings._attn_implementation == "flash_attention_2"
+
+
+def test_the_guard_makes_no_gradients_of_the_models_own_weights(models):
+    classifier = load(zoo.build("gpt2", models))
+    adapter = AdapterConfig(type="none", dtype="model")
+    guard = watch(classifier, TEXTS)
+    model, table = add_adapters(classifier, adapter)
+    made = []
+    for _, parameter in table.all():
+        parameter.requires_grad_(True).register_hook(lambda gradient: made.append(gradient.shape))
+    guard.check(model, table, adapter)
+    assert not made and table.all()
+
+
+def test_random_numbers_of_the_models_device_only_are_put_back(models, monkeypatch):
+    classifier = load(zoo.build("gpt2", models))
+    asked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *a, **named: (asked.append((a, named)), fork(*a, **named))[1])
+    watch(classifier, TEXTS)
+    assert asked and all(call == ((), {"devices": []}) for call in asked)

@@ -9,10 +9,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from irtune.adapters import load_adapter, write_adapter
 from irtune.adapters.build import add_adapters
+from irtune.adapters.soft_tokens import leading_tokens
 from irtune.commands import export
 from irtune.commands.validate import validate
 from irtune.config import AdapterConfig, DataConfig, ModelConfig, load_config
@@ -131,10 +133,32 @@ def test_what_a_model_cannot_have_is_refused(llama):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(("template", "first"), [("<s> $A", 1), ("$A <s>", 0), ("$A", 0)])
+def test_cls_must_come_first(llama, tmp_path, template, first):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.cls_token = "<s>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", tokenizer.cls_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert leading_tokens(AutoTokenizer.from_pretrained(folder)) == first
+    config = ModelConfig(name_or_path=str(folder), dtype="float32", pooling="cls")
+    if first:
+        assert pooling_of(load_classifier(config, ["a", "b"]).model) == Pooling("cls", "linear")
+        return
+    with pytest.raises(
+        ConfigError, match=r"reads a classification token, and the tokenizer of .* does not put it first"
+    ):
+        load_classifier(config, ["a", "b"])
+
+
+@pytest.mark.quick
 def test_the_validator_knows_it_too(llama, corpus, tmp_path):
     config = tiny.tiny_config(llama, corpus, tmp_path / "run", model__pooling="cls")
-    with pytest.raises(ConfigError, match=r"model.pooling cls reads a classification token"):
+    with pytest.raises(ConfigError) as said:
         validate(config, 1)
+    assert str(said.value).count("model.pooling cls reads a classification token") == 1
     shown = validate(tiny.tiny_config(llama, corpus, tmp_path / "run", data__prompt="diff", model__pooling="edit"), 1)
     assert all(one["edit_tokens"] for one in shown["first_examples"])
 

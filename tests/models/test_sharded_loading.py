@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from irtune.adapters import Suppression, add_adapters
+from irtune.adapters import Suppression, add_adapters, write_adapter
 from irtune.config import AdapterConfig, ModelConfig
 from irtune.distributed import runtime
-from irtune.distributed.partitioned import whole
+from irtune.distributed.partitioned import is_partitioned, whole
+from irtune.evaluation.start import start_from
 from irtune.models import load_classifier
 from irtune.models.anatomy import output_projections
 from irtune.selection.signal_noise import layer_ratios
@@ -198,3 +199,31 @@ def test_memory_while_adapters_are_put_in_stays_near_the_share(large):
         for *_, kept, peak, _ in (result[name] for result in results):
             print(f"{name}: a rank keeps {kept / 1e6:.1f} MB, memory grew by {peak / 1e6:.1f} MB at most")
             assert peak <= kept + 20e6 + 10e6, name
+
+
+def start_under_zero_3(model, folder):
+    runtime.start(runtime.read_world(), 60)
+    adapter = AdapterConfig(type="spafit", r=4, strata=[1, 3], dtype="model")
+    config = ModelConfig(name_or_path=str(model), dtype="float32")
+    module, table = add_adapters(load_classifier(config, ["a", "b", "c"], sharded=ZERO), adapter)
+    start_from(str(folder), module, table, adapter, ["a", "b", "c"])
+    held = sum(is_partitioned(parameter) for _, parameter in table.all())
+    values = {}
+    for name, parameter in table.all():
+        with whole([parameter]):
+            values[name] = parameter.tolist()
+    runtime.stop()
+    return held, values
+
+
+def test_a_run_under_zero_3_starts_from_biases_of_the_model_itself(gpt2, tmp_path):
+    adapter = AdapterConfig(type="spafit", r=4, strata=[1, 3], dtype="model")
+    config = ModelConfig(name_or_path=str(gpt2), dtype="float32")
+    _, table = add_adapters(load_classifier(config, ["a", "b", "c"]), adapter)
+    torch.manual_seed(3)
+    learnt = {name: torch.randn_like(parameter) for name, parameter in table.all()}
+    write_adapter(tmp_path / "adapter", learnt, adapter, ["a", "b", "c"])
+    for held, values in run_ranks(start_under_zero_3, 2, gpt2, tmp_path):
+        assert held and values.keys() == learnt.keys()
+        for name, wanted in learnt.items():
+            assert values[name] == wanted.tolist(), name

@@ -4,12 +4,14 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from irtune.config import Config
 from irtune.errors import CheckpointError
 from irtune.evaluation import metrics as evaluation
+from irtune.train import run as run_module
 from irtune.train.checkpoint import OPTIMIZER, TRAINABLE, read_tensors
 from irtune.train.resume import check_same_run
 from irtune.train.run import run
@@ -73,14 +75,42 @@ def test_a_finished_run_that_is_asked_for_more_goes_on(llama, corpus, tmp_path):
     assert "optim.max_steps was 8 and is 6" in shorter[0]
 
 
+def test_what_a_run_started_from_is_not_read_again(llama, corpus, base, tmp_path):
+    start = shutil.copytree(base, tmp_path / "start")
+    config = tiny_config(llama, corpus, tmp_path / "run", optim__max_steps=2, model__start_from=start)
+    before = losses(launch(config, 1))
+    shutil.rmtree(start)
+    after = losses(launch(tiny_config(llama, corpus, tmp_path / "run", optim__max_steps=3, model__start_from=start), 1))
+    assert after[:2] == before and len(after) == 3
+
+
 @pytest.mark.quick
 def test_a_key_that_a_checkpoint_does_not_know_had_its_default():
     now = {"model": dict(vars(Config().model)), "seed": 0}
     old = {"model": {key: value for key, value in now["model"].items() if key != "pooling"}, "seed": 0}
     check_same_run(old, now, Path("step_1"))
+    old["model"]["start_from"] = "runs/elsewhere"  # which the checkpoint has overwritten
+    check_same_run(old, now, Path("step_1"))
     now["model"]["pooling"] = "mean"
     with pytest.raises(CheckpointError, match=r"model\.pooling was 'class' and is 'mean'"):
         check_same_run(old, now, Path("step_1"))
+
+
+@pytest.mark.quick
+def test_results_go_only_when_there_is_an_engine_to_make_new_ones(tmp_path, monkeypatch):
+    results, world = tmp_path / "results.json", Mock(is_main=True)
+    results.write_text("{}")
+    monkeypatch.setattr(run_module, "build", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        run_module._train(Mock(), world, tmp_path)
+    assert results.exists()
+    there = []
+    trainer = Mock()
+    trainer.run.side_effect = lambda: there.append(results.exists()) or 1 / 0
+    monkeypatch.setattr(run_module, "build", Mock(return_value=trainer))
+    with pytest.raises(ZeroDivisionError):
+        run_module._train(Mock(), world, tmp_path)
+    assert there == [False]
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])

@@ -1,7 +1,8 @@
 """Kernels that are taken where they are faster than what a model would choose by itself."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,14 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 from irtune.models.kernels.attention import CPU_ATTENTION
 from irtune.models.kernels.masks import track_padding
 
-__all__ = ["add_fused_kernels", "attention_kernel", "compile_layers", "takes_any_kernel", "track_padding"]
+__all__ = [
+    "add_fused_kernels",
+    "attention_kernel",
+    "compile_layers",
+    "takes_any_kernel",
+    "track_padding",
+    "without_flash_on_cpu",
+]
 
 log = logging.getLogger("irtune")
 COMBINATIONS = 64  # of what a compiled layer depends on
@@ -63,6 +71,20 @@ def takes_any_kernel(kind: type[Any]) -> bool:
 @cache
 def _say_once(sentence: str) -> None:
     log.warning("%s", sentence)
+
+
+@contextmanager
+def without_flash_on_cpu(model: Any) -> Iterator[None]:
+    """Inside, a model that is still on the CPU attends by sdpa in place of flash attention, which needs a GPU."""
+    wanted = model.config._attn_implementation
+    if wanted != "flash_attention_2" or model.device.type != "cpu":
+        yield
+        return
+    model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = wanted
 
 
 def add_fused_kernels(model: nn.Module) -> None:

@@ -130,8 +130,8 @@ class DataConfig:
     group: str | None = None
     """Column with an example's document, which is kept on one side when a dev split is made."""
     weight: str | None = None
-    """Column with an example's weight in the training loss, a number of at least 0. The loss stays a mean over the
-    examples: the sum of weight times loss, divided by their number."""
+    """Column with an example's weight in the training loss, a number from 0 to 1,000,000. The loss stays a mean over
+    the examples: the sum of weight times loss, divided by their number."""
     dev_fraction: Annotated[float | None, Range(0.0, 0.5, above=True)] = None
     """Share of the training split that becomes the dev split of a corpus without one: of each label to within one
     example, or as near as documents that stay whole allow. null: such a corpus is an error."""

@@ -91,8 +91,9 @@ def test_cells_of_50000_characters_take_bounded_time(llama, before, after):
 )
 def test_pairs_of_hundreds_of_words_take_milliseconds(before, after):
     started = time.process_time()
-    assert texts(render(diff(before, after)).text) == (before, after)
-    assert time.process_time() - started < 1  # below 0.1
+    for _ in range(20):
+        assert texts(render(diff(before, after)).text) == (before, after)
+    assert time.process_time() - started < 2  # below 0.5; difflib takes 4 for the longest
 
 
 def test_unchanged_text_far_from_edits_is_left_out():

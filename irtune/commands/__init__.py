@@ -13,7 +13,10 @@ COMMANDS = {
     "plan": ("plan", "memory and communication of a configuration, per ZeRO stage, before it runs"),
     "validate": ("validate", "every error of a configuration, and examples as the model will see them"),
     "doctor": ("doctor", "versions, accelerators, interfaces, speed of all-reduce, and what is wrong"),
-    "data": ("data", "`data stats`: rows, labels, lengths, duplicates, leakage; `data baseline`: what is easily reached"),
+    "data": (
+        "data",
+        "`data stats`: rows, labels, lengths, duplicates, leakage; `data baseline`: what is easily reached",
+    ),
     "compare": ("compare", "methods, adapters, corpora and seeds side by side"),
     "crossvalidate": ("crossvalidate", "stratified k-fold training on a small corpus"),
 }

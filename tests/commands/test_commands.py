@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from irtune.cli import main
 from irtune.commands import COMMANDS
 from irtune.commands.evaluate import _same
+from irtune.commands.predict import _write
 from irtune.data.synthetic import synthetic_pairs
 from tests.support.ranks import run_ranks
 from tests.support.runs import forked_after, launch
@@ -72,6 +74,7 @@ def test_predict_reads_standard_input_and_writes_tables(finished, tmp_path, monk
     (tmp_path / "in.csv").write_text("what,after,before\n" + f'x,"{pairs[0]["after"]}","{pairs[0]["before"]}"\n')
     command = ["predict", "--run", str(finished["lora"]), "--input", str(tmp_path / "in.csv"), "--output"]
     assert main([*command, str(tmp_path / "out.csv")]) == 0
+    assert capsys.readouterr().err.startswith("1 example in ")
     (row,) = csv.DictReader((tmp_path / "out.csv").open())
     assert row["what"] == "x" and row["predicted"] == first["predicted"]
     assert float(row["probability"]) == pytest.approx(first["probability"], abs=1e-5)
@@ -280,3 +283,23 @@ def test_one_corpus_under_several_names(tmp_path, monkeypatch):
         assert _same(name, "corpus")
     assert _same("someone/corpus", "someone/corpus")
     assert not _same("corpus/en", "corpus") and not _same("corpus", None)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"predicted": "x"}, "the input's column predicted is kept; the new ones are predicted_2, "),
+        (
+            {"predicted": "x", "probability": 1},
+            "the input's columns predicted, probability are kept; the new ones are ",
+        ),
+    ],
+)
+def test_columns_that_are_kept_are_counted(row, said, capsys):
+    _write(None, [(1, row)], [[0.25, 0.75]], SimpleNamespace(labels=["a", "b"]))
+    out, err = capsys.readouterr()
+    assert err.startswith(said)
+    assert json.loads(out) == row | {
+        "predicted_2": "b", "probability_2": 0.75, "probabilities_2": {"a": 0.25, "b": 0.75},
+    }  # fmt: skip

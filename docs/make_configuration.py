@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from irtune.config import schema  # noqa: E402
-from irtune.config.declarations import adapter_kinds, methods  # noqa: E402
-from irtune.config.deepspeed_json import KNOBS, RECIPE_ONLY  # noqa: E402
-from irtune.config.limits import OneOf, Range  # noqa: E402
-from irtune.config.presets import MODELS, choices, fill_presets  # noqa: E402
-from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type  # noqa: E402
+from irtune.config import schema
+from irtune.config.declarations import adapter_kinds, methods
+from irtune.config.deepspeed_json import KNOBS, RECIPE_ONLY
+from irtune.config.limits import OneOf, Range
+from irtune.config.presets import MODELS, choices, fill_presets
+from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type
 
 INTRODUCTION = """\
 # Configuration

@@ -15,10 +15,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from irtune.adapters.build import add_adapters
+from irtune.console import quiet_libraries  # isort: skip
+
+quiet_libraries()  # before DeepSpeed is imported: standard output is the page
+from irtune.adapters.build import adapter_traits, add_adapters
 from irtune.adapters.guard import watch
 from irtune.config import AdapterConfig, ModelConfig
-from irtune.config.checks import ADAPTER_TYPES
+from irtune.config.declarations import adapter_kinds
 from irtune.engine.recompute import Recompute
 from irtune.errors import IrtuneError
 from irtune.models import load_classifier
@@ -71,8 +74,8 @@ def checkpoints(folder: Path) -> bool:
         _, model, table = tried(folder, "lora")
         table.set_trainable(range(table.num_layers))
         model.train()
-        recompute = Recompute(table.modules, reentrant=False, always=always, frozen=table.frozen)
-        recompute.set_trained(range(table.num_layers), 0)
+        recompute = Recompute(table.modules, reentrant=False, always=always, traits=adapter_traits(AdapterConfig(r=4)))
+        recompute.set_trained(range(table.num_layers))
         ids = torch.arange(4, 24).view(2, 10)
         torch.manual_seed(1)
         model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().sum().backward()
@@ -89,7 +92,7 @@ def row(name: str, box: Path) -> str:
         reason = str(error).partition(" is ")[2].partition(";")[0]
         return f"| {zoo.ZOO[name][1].__name__.removesuffix('Config')} | refused: {reason} | | | | |"
     settings: Any = classifier.model.config
-    refused = [kind for kind in ADAPTER_TYPES if not works(folder, kind)]
+    refused = [kind for kind in adapter_kinds() if not works(folder, kind)]
     yes = {True: "yes", False: "no"}
     nf4 = works(folder, "lora", quantization="nf4")
     return (

@@ -81,10 +81,13 @@ def own(run: Path) -> torch.Tensor:
     return torch.tensor([[json.loads(line)["probabilities"][label] for label in labels] for line in lines])
 
 
-def same(found: torch.Tensor, wanted: torch.Tensor, dtype: str) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 if dtype == "float32" else 0.05)
+def same(found: torch.Tensor, wanted: torch.Tensor, dtype: str, *, routed: bool = False) -> None:
+    """Equal to rounding. In bf16, a model `routed` to experts may send a token of one text to another expert."""
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    far = ((found - wanted).abs() > tolerance).any(1)
+    assert int(far.sum()) <= (1 if routed and dtype != "float32" else 0), (found - wanted).abs().amax(1)
     top = wanted.topk(2).values
-    clear = top[:, 0] - top[:, 1] > (0 if dtype == "float32" else 0.05)
+    clear = (top[:, 0] - top[:, 1] > (0 if dtype == "float32" else 0.05)) & ~far
     assert torch.equal(found.argmax(1)[clear], wanted.argmax(1)[clear])
 
 
@@ -96,11 +99,13 @@ def test_runs_are_the_same_in_plain_transformers_and_peft(box, name, dtype, tmp_
     base = AutoModelForSequenceClassification.from_pretrained(box / name, num_labels=3, dtype=getattr(torch, dtype))
     for part in (base.config, base.config.get_text_config()):
         part.pad_token_id = zoo.PAD
-    same(in_plain_libraries(PeftModel.from_pretrained(base, tmp_path / "adapter"), run), wanted, dtype)
+    routed = hasattr(base.config, "num_experts_per_tok")
+    plain = in_plain_libraries(PeftModel.from_pretrained(base, tmp_path / "adapter"), run)
+    same(plain, wanted, dtype, routed=routed)
     assert export.main(["--run", str(run), "--to", str(tmp_path / "merged"), "--merge"]) == 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert merged.config.problem_type == "single_label_classification"
-    same(in_plain_libraries(merged, run), wanted, dtype)
+    same(in_plain_libraries(merged, run), wanted, dtype, routed=routed)
 
 
 @pytest.mark.slow

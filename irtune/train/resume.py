@@ -75,10 +75,12 @@ def resume_from(folder: Path, identity: dict[str, Any], table: LayerTable, *, pr
 
 def _lengthened(state: dict[str, Any], identity: dict[str, Any]) -> bool:
     """Whether the run was over there, and is now asked for more steps."""
-    progress, before = state["progress"], state["run"].get("optim", {}).get("max_steps", 0)
-    wanted = identity["optim"]["max_steps"]
-    over = progress["step"] >= before or progress.get("stopped", False)
-    return over and wanted > before and wanted > progress["step"]
+    progress, optim, wanted = state["progress"], state["run"].get("optim"), identity["optim"]["max_steps"]
+    before = optim.get("max_steps") if isinstance(optim, dict) else None
+    step = progress.get("step")
+    if not isinstance(before, int) or not isinstance(step, int):  # that of another run, which is refused
+        return False
+    return (step >= before or bool(progress.get("stopped"))) and wanted > max(before, step)
 
 
 def run_identity(config: Config, corpus: Corpus, sampler: BatchSampler, max_steps: int) -> dict[str, Any]:

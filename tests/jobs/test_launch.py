@@ -212,6 +212,7 @@ def test_torchrun_refuses_what_cannot_meet(env, llama, corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_nodes_meet_and_a_failing_rank_is_shown(env, llama, corpus, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").write_text("a disk that takes no checkpoint")

@@ -57,8 +57,9 @@ def port_problem(port: int) -> str | None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
             if probe.family == socket.AF_INET6:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            # No listen(): two nodes of a job on one machine that look at the same moment would take each other's probe
+            # for another program. bind() fails where somebody listens.
             probe.bind(("", port))
-            probe.listen(1)
         except OSError as error:
             return f"port {port} of {socket.gethostname()} cannot be used: {error.strerror or error}"
     return None

@@ -20,6 +20,7 @@ from irtune.distributed import network  # noqa: E402
 from irtune.errors import ConfigError, IrtuneError  # noqa: E402
 
 LOOK_SECONDS = 1.0
+STORE_SECONDS = 15  # for another node's torchrun, which may be starting on a busy machine, to answer
 SHUTDOWN_SECONDS = 150  # from SIGTERM to SIGKILL: for two steps and a checkpoint
 
 
@@ -78,7 +79,7 @@ def _is_store(host: str, port: int) -> bool:
     from torch.distributed import TCPStore
 
     try:
-        TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=5))
+        TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=STORE_SECONDS))
     except RuntimeError:
         return False
     return True

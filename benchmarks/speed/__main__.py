@@ -69,7 +69,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     add("--model", default=f"{cache}/SmolLM2-135M-Instruct", help="folder or hub id; default: the quick start's model")
     add("--shape", help="instead: a model of random weights: llama3.1-8b, llama3.2-1b or small")
     add("--tokens", type=int, default=0, help="with --shape: length of every text; default: the synthetic corpus")
-    add("--recipe", default="launch/recipes/iterater-smollm2.yaml", help="irtune's options for all sides")
+    add("--recipe", default="benchmarks/speed/recipe.yaml", help="irtune's options for all sides")
     add("--data", default=data and f"{data}/iterater", help="the corpus; default: IteraTeR in IRTUNE_DATA")
     add("--ranks", type=int, default=1)
     add("--threads", type=int, help="per rank; default: the machine's cores, shared out")

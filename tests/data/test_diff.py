@@ -36,6 +36,17 @@ TRICKY = st.text(alphabet="ab [-]{+}<>\\/deli ", max_size=40)
         ("我爱红色的房子。", "我爱蓝色的房子。", "我爱[-红-]{+蓝+}色的房子。"),
         ("빨간 집", "파란 집", "[-빨간-]{+파란+} 집"),
         (r"[\- x", r"[\- y", r"[\\- [-x-]{+y+}"),
+        # Edits with less between them than in them are one:
+        (
+            "What an idea, these cars",
+            "The speed limits would",
+            "[-What an idea, these cars-]{+The speed limits would+}",
+        ),
+        ("many of those", "some of these", "[-many of those-]{+some of these+}"),
+        ("big of me", "kind of you", "[-big-]{+kind+} of [-me-]{+you+}"),
+        ("the blue house", "a red house", "[-the blue-]{+a red+} house"),
+        ("red and blue", "green and grey", "[-red-]{+green+} and [-blue-]{+grey+}"),
+        ("a c", "a b, c, d", "a {+b, +}c{+, d+}"),  # nothing is replaced
     ],
 )
 def test_hand_worked_pairs(before, after, marked):
@@ -166,7 +177,7 @@ def test_of_a_long_word_both_sides_are_shown(bpe):
 
 
 def test_more_edits_than_fit_are_shown_from_the_first_on(bpe):
-    shown, _ = encoded(bpe, before="one two " * 300, after="one three " * 300)
+    shown, _ = encoded(bpe, before="unchanged two " * 300, after="unchanged three " * 300)
     assert shown.startswith("…[-two-]{+three+}…[-two-]{+three+}…")
 
 

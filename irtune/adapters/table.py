@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from irtune.distributed.partitioned import whole_shape
 from irtune.errors import ModelError
 from irtune.models.anatomy import Anatomy
 
@@ -38,6 +39,11 @@ class LayerTable:
     def all(self) -> Named:
         """Every parameter of the table, layer by layer, the head last."""
         return [item for layer in self.layers for item in layer] + self.head
+
+    def head_bias(self, classes: int) -> nn.Parameter | None:
+        """The bias that is added to logits of so many classes; None where the head has none, as decoders' own."""
+        found = [p for name, p in self.head if name.endswith("bias") and whole_shape(p) == (classes,)]
+        return found[-1] if found else None
 
     def set_trainable(self, selected: list[int]) -> None:
         """Gradients for the selected layers and the head; the other layers become constants."""

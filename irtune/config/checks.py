@@ -33,6 +33,7 @@ def check_config(config: Config) -> list[str]:
         *_check_adapter(config),
         *_check_tuning(config),
         *_check_batch(config),
+        *_check_run(config),
     ]
 
 
@@ -254,3 +255,13 @@ def _check_batch(config: Config) -> list[str]:
             f"{optim.micro_batch_tokens} puts varying numbers of them into a micro-batch; remove one of the two"
         )
     return problems
+
+
+def _check_run(config: Config) -> list[str]:
+    run = config.run
+    if run.average and run.save_every:
+        return [
+            f"run.average {run.average} needs the checkpoint of each evaluation, and run.save_every {run.save_every} "
+            "sets other steps; remove one of the two"
+        ]
+    return []

@@ -213,6 +213,8 @@ class OptimConfig:
     """Peak learning rate of AdamW."""
     head_lr: Annotated[float, Range(0.0, above=True)] = 1.0
     """Learning rate of the head, and of what else is outside the layers, as a multiple of lr."""
+    layer_decay: Annotated[float, Range(0.0, 1.0, above=True)] = 1.0
+    """Learning rate of each layer as a multiple of that of the layer above it; the highest layer has lr."""
     weight_decay: Annotated[float, Range(0.0)] = 0.0
     """Decoupled weight decay of the layers that are being trained and the head."""
     betas: Annotated[list[float], BETAS] = field(default_factory=lambda: [0.9, 0.999])
@@ -253,6 +255,9 @@ class OptimConfig:
     """gamma of focal: 0 is cross-entropy."""
     label_smoothing: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Share of the target that is spread over all classes."""
+    rdrop: Annotated[float, Range(0.0)] = 0.0
+    """Weight of R-Drop: each example passes twice, and the two answers, which dropout makes differ, are drawn to each
+    other. A step takes twice the time and memory. Needs dropout in the model or adapter.dropout."""
 
 
 @dataclass(kw_only=True)
@@ -275,6 +280,12 @@ class RunConfig:
     """Checkpoints that are kept besides the best one."""
     best_metric: Literal["macro_f1", "macro_f1_present", "accuracy", "auprc", "loss"] = "macro_f1"
     """Dev metric by which the best checkpoint is chosen (loss: lower is better)."""
+    average: Annotated[int, Range(0)] = 0
+    """Evaluations, counted from the last, whose weights are averaged at the end. The mean is kept where best_metric on
+    dev is better with it than with the best checkpoint. 0: none."""
+    logit_adjust: Annotated[float, Range(0.0)] = 0.0
+    """tau of the logit adjustment: logits are lowered by tau times the logarithm of their class's share of the training
+    split, in every evaluation and in the head that is saved, so that rare classes are predicted more often. 0: not."""
     resume: str = "auto"
     """auto: continue from the last checkpoint in output_dir if there is one; never: refuse a folder that has one; or a
     checkpoint folder."""

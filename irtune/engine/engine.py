@@ -28,7 +28,7 @@ from irtune.distributed import runtime
 from irtune.distributed.partitioned import join_deepspeed
 from irtune.engine.deepspeed_private import can_update_on_device, check_version, rebuilding
 from irtune.engine.layer_state import HEAD, EngineState, Key
-from irtune.engine.losses import Loss, cross_entropy
+from irtune.engine.losses import Loss, cross_entropy, disagreement
 from irtune.engine.recompute import Recompute
 from irtune.engine.shards import Layout
 from irtune.engine.update import DeviceAdamW, update_on_device
@@ -125,19 +125,26 @@ class Engine:
         weight: examples of the micro-batch / those of the step's micro-batches on average, 1 where all have as many.
             Gradients, which are averaged over micro-batches, then are those of the mean over the step's examples.
         """
-        loss = self._loss(self.ds, batch) * weight
+        loss = self._training_loss(batch) * weight
         # A loss that is not finite may still have finite gradients. NaN in all of them is seen by every rank and stage.
         self.ds.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         return loss.detach().float()
+
+    def _training_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean loss of a micro-batch; with R-Drop of two passes of it, side by side, and of how far they are apart."""
+        if not self.optim.rdrop:
+            return self._loss(self.ds, batch)
+        inputs, labels, weights = split_batch({name: torch.cat([tensor] * 2) for name, tensor in batch.items()})
+        logits = self.ds(**inputs).logits
+        return self.loss(logits, labels, *weights) + self.optim.rdrop * disagreement(*logits.chunk(2))
 
     def mean_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean loss of a micro-batch outside of a step, with its graph; a scalar."""
         return self._loss(self.module, batch)
 
     def _loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", WEIGHTS)}
-        weights = [batch[WEIGHTS]] if WEIGHTS in batch else []
-        return self.loss(model(**inputs).logits, batch["labels"], *weights)
+        inputs, labels, weights = split_batch(batch)
+        return self.loss(model(**inputs).logits, labels, *weights)
 
     def probe(self, batch: dict[str, torch.Tensor], *, backward: bool) -> None:
         """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer."""
@@ -167,7 +174,7 @@ class Engine:
         """
         adamw = self.state.adamw
         for group in adamw.param_groups:
-            group["lr"] = lr * (self.optim.head_lr if group["layer"] == HEAD else 1.0)
+            group["lr"] = lr * self._rate(group["layer"])
         boundary = self.ds.is_gradient_accumulation_boundary()
         if boundary and self._steps_adamw:
             trained = [parameter for group in adamw.param_groups for parameter in group["params"]]
@@ -179,6 +186,12 @@ class Engine:
             if left_out is None:  # DeepSpeed's own update, which has read the norm on the host
                 left_out = torch.tensor(bool(self.ds.optimizer.overflow), device=self.device)
             self.applied = left_out == 0
+
+    def _rate(self, key: Key) -> float:
+        """Learning rate of a layer or of the head, as a multiple of the step's."""
+        if isinstance(key, int):  # layer-wise decay (Howard and Ruder, ACL 2018, section 3.2)
+            return self.optim.layer_decay ** (self.table.num_layers - 1 - key)
+        return self.optim.head_lr
 
     def grad_norm(self) -> float:
         """Global norm of the averaged gradient before clipping, at the last update."""
@@ -330,8 +343,24 @@ class Engine:
                 # False: no embedding is trained, and peft would ask the hub whether one was.
                 self.module.save_pretrained(str(folder), save_embedding_layers=False)
 
+    @torch.no_grad()
+    def shift_logits(self, added: torch.Tensor) -> None:
+        """Add a constant [classes] to all logits, in the bias of the head. Collective."""
+        bias = self.table.head_bias(len(added))
+        assert bias is not None, "a head without a bias is refused before the run"
+        with self._whole([bias], write=True):
+            bias.data.add_(added.to(bias))
+
     def close(self) -> None:
         """Release the engine's hooks and buffers."""
         self.state.parked.clear()
         self.ds.destroy()
         gc.unfreeze()
+
+
+def split_batch(
+    batch: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+    """What the model gets, the labels, and a list with the weights of the examples, if the batch has them."""
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", WEIGHTS)}
+    return inputs, batch["labels"], [batch[WEIGHTS]] if WEIGHTS in batch else []

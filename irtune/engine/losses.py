@@ -24,6 +24,15 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.float(), labels)
 
 
+def disagreement(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Mean over examples of (KL(p, q) + KL(q, p)) / 2, p and q the softmax of two logits [batch, classes]; fp32.
+
+    What R-Drop adds to the loss (Wu et al., NeurIPS 2021, eq. 2).
+    """
+    p, q = (logits.float().log_softmax(-1) for logits in (first, second))
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+
+
 def class_balanced_weights(counts: Sequence[int], beta: float) -> torch.Tensor:
     """Weight of each class by its effective number of examples, fp32 [classes], mean 1 over the training examples.
 

@@ -178,6 +178,26 @@ def read_tensors(folder: Path, file: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{folder / file} cannot be read: {error}") from error
 
 
+def mean_weights(folders: list[Path], first: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mean of the trainable tensors of several checkpoints, computed in fp64, in the tensors' own formats.
+
+    Args:
+        folders: the checkpoints.
+        first: values of tensors that some of the checkpoints lack: layers that had not trained by then.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    if len(folders) == 1:
+        return first | read_tensors(folders[0], TRAINABLE)
+    total: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        tensors = first | read_tensors(folder, TRAINABLE)
+        for name, tensor in tensors.items():
+            total[name] = total.get(name, 0) + tensor.double() / len(folders)
+    return {name: total[name].to(tensor.dtype) for name, tensor in tensors.items()}
+
+
 def load_into(
     parameters: list[tuple[str, torch.nn.Parameter]],
     tensors: dict[str, torch.Tensor],

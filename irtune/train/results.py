@@ -40,6 +40,7 @@ def collect_results(trainer: Trainer, metrics: dict[str, Any], world: World) -> 
         "method": trainer.config.tuning.method,
         "steps": progress.step,
         "best_step": progress.best_step,
+        "averaged_steps": trainer.averaged,
         "wall_seconds": progress.seconds,
         "training_seconds": progress.training_seconds,
         "examples_per_second": sampler.examples(progress.step) / max(progress.training_seconds, 1e-9),

@@ -109,7 +109,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     """Everything that can fail by the user's doing, on all ranks alike, before the first byte is written."""
     given, config = config, with_accumulation(config, world.size)
     with runtime.shared_errors():
-        checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_last)
+        checkpoints = Checkpoints(folder / "checkpoints", max(config.run.keep_last, config.run.average))
         latest = find_checkpoint(config, checkpoints)
         corpus = read_corpus(config.data)
         class_weights(config.optim, corpus.labels)  # they fit the labels?
@@ -131,6 +131,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         if guard is not None:
             guard.check(module, table, config.adapter)
         check_will_load(module)
+        _check_training(config, module, table, len(corpus.labels))
         traits, suppresses = adapter_traits(config.adapter), methods()[config.tuning.method].suppresses
         # A checkpoint overwrites all of it, but for the start that suppression goes back to.
         if config.model.start_from is not None and (latest is None or suppresses):
@@ -170,6 +171,24 @@ def _estimate_memory(config: Config, settings: dict[str, Any], world: World, cor
     if warning:
         log.warning("%s", warning)
     return memory
+
+
+def _check_training(config: Config, module: nn.Module, table: LayerTable, classes: int) -> None:
+    """Refuse ways to train that this model has no part for."""
+    problems = []
+    if config.run.logit_adjust and table.head_bias(classes) is None:
+        problems.append(
+            f"run.logit_adjust {config.run.logit_adjust} is kept in the bias of the head, and this one has none; set "
+            "model.pooling to last, or run.logit_adjust to 0"
+        )
+    drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+    if config.optim.rdrop and not drops:
+        problems.append(
+            f"optim.rdrop {config.optim.rdrop} compares two passes that dropout makes differ, and there is none; set "
+            "adapter.dropout above 0, or optim.rdrop to 0"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _training_data(

@@ -18,7 +18,7 @@ from irtune.files import writing
 from irtune.memory.measure import peak_memory_bytes
 from irtune.tracking.records import write_predictions
 from irtune.tracking.tracker import Tracker
-from irtune.train.checkpoint import OPTIMIZER, TRAINABLE, Checkpoints, read_tensors, versions
+from irtune.train.checkpoint import OPTIMIZER, Checkpoints, mean_weights, read_tensors, versions
 from irtune.train.collapse import collapse
 from irtune.train.layer_selection import LayerSelection
 from irtune.train.learning_rate import learning_rate
@@ -53,6 +53,8 @@ class Trainer:
         self._began = time.perf_counter()
         self._saved_step = -1
         self._since: float | None = None  # when training went on after something else
+        self._shift = _logit_adjustment(config.run.logit_adjust, data)
+        self.averaged: list[int] = []  # steps whose mean weights are the run's result, if they are
 
     # ----- the story -----
 
@@ -241,7 +243,7 @@ class Trainer:
     def predict(self, split: str) -> Predictions:
         """Logits of a split with the weights as they are. Collective."""
         self.engine.module.eval()
-        predictions = self.data.evaluation(split, lambda batch: self.engine.module(**batch).logits)
+        predictions = self.data.evaluation(split, lambda batch: self.engine.module(**batch).logits + self._shift)
         self.engine.module.train()
         return predictions
 
@@ -264,7 +266,7 @@ class Trainer:
         if collapsed is not None:
             self.tracker.say(f"step {step}: {collapsed}")
         self.tracker.evaluation(self.progress.step, "dev", values, predictions.labels, predictions.probabilities)
-        value = values[self.config.run.best_metric] * (-1 if self.config.run.best_metric == "loss" else 1)
+        value = self._value(values)
         best = self.progress.best is None or value > self.progress.best
         if best:
             self.progress.best, self.progress.best_step = value, self.progress.step
@@ -275,6 +277,11 @@ class Trainer:
         if best or not every or self.progress.step % every == 0 or self._is_over():
             self._save(best=best)
         self._mark = self._since = time.perf_counter()  # speed is that of training
+
+    def _value(self, values: dict[str, Any]) -> float:
+        """What the best checkpoint has most of."""
+        metric = self.config.run.best_metric
+        return values[metric] * (-1 if metric == "loss" else 1)
 
     def _is_over(self) -> bool:
         return self.progress.stopped or self.progress.step == self.data.max_steps
@@ -315,17 +322,47 @@ class Trainer:
         self.engine.reselect(state["selected"])
         self.engine.load_full_state(read_tensors(folder, OPTIMIZER), state["adam_steps"])
 
+    def _load(self, steps: list[int]) -> None:
+        """Put the mean of the weights after `steps` into the model, for evaluation. Collective."""
+        with runtime.shared_errors():
+            first = self.pretrained()  # of layers that a checkpoint lacks
+            folders = [self.checkpoints.folder / f"step_{step}" for step in steps]
+        if self.engine.traits.pretrained and len(folders) > 1:
+            first = self.engine.trainable(self._saved_layers()) | first
+        with runtime.shared_errors():
+            weights = mean_weights(folders, first)
+        self.engine.load_trainable(weights)
+
+    def _average(self, best: Predictions) -> Predictions:
+        """Dev predictions with the mean weights of `run.average` evaluations, if they are better than `best`."""
+        last, every, folder = self.progress.step, self.eval_every, self.checkpoints.folder
+        evaluated = sorted({*range(every, last + 1, every), last})[-self.config.run.average :]
+        steps = [step for step in evaluated if (folder / f"step_{step}").is_dir()]
+        if not self.config.run.average or len(steps) < 2:
+            return best
+        runtime.doing("evaluation of the averaged weights")
+        self._load(steps)
+        averaged = self.predict("dev")
+        labels, metric = self.data.corpus.labels, self.config.run.best_metric
+        new, old = metrics(averaged, labels), metrics(best, labels)
+        self.tracker.say(
+            f"mean weights of steps {', '.join(map(str, steps))}: dev {metric} {new[metric]:.3f}; "
+            f"step {self.progress.best_step} alone: {old[metric]:.3f}"
+        )
+        if self._value(new) > self._value(old):
+            self.averaged = steps
+            return averaged
+        self._load([self.progress.best_step])
+        return best
+
     def finish(self, folder: Path) -> dict[str, Any]:
         """Evaluate with the best weights: dev, and test once; write predictions and adapter. Returns the metrics."""
         runtime.doing("evaluation of the best weights")
         self.engine.end_training()
         if self._last is None or self._last[0] != self.progress.best_step:
-            best = self.checkpoints.folder / f"step_{self.progress.best_step}"
-            with runtime.shared_errors():
-                weights = self.pretrained() | read_tensors(best, TRAINABLE)
-            self.engine.load_trainable(weights)
+            self._load([self.progress.best_step])
             self._last = (self.progress.best_step, self.predict("dev"))
-        predictions = {"dev": self._last[1]}
+        predictions = {"dev": self._average(self._last[1])}
         if "test" in self.data.corpus.splits:
             predictions["test"] = self.predict("test")
         results = {split: metrics(values, self.data.corpus.labels) for split, values in predictions.items()}
@@ -343,7 +380,15 @@ class Trainer:
                     values.probabilities,
                     self.data.corpus.labels,
                 )
+            if self.config.run.logit_adjust:
+                self.engine.shift_logits(self._shift)
             self.engine.save_adapter(
                 folder / "adapter", self.config.adapter, list(self.data.corpus.labels), self._saved_layers()
             )
         return results
+
+
+def _logit_adjustment(tau: float, data: TrainingData) -> torch.Tensor:
+    """-tau log(share of the training split), fp32 [classes] (Menon et al., ICLR 2021, eq. 9)."""
+    counts = torch.tensor([max(1, count) for count in data.label_counts()], dtype=torch.float32, device=data.device)
+    return -tau * (counts / counts.sum()).log()

@@ -178,8 +178,9 @@ class TuningConfig:
     preset: Literal["default", "reference"] = "default"
     """default: rms, fresh, otsu, every 10 steps. reference: the published code's choices (reference score, stale,
     reference rule, every step, random first half). Keys that are set explicitly take precedence."""
-    score: Literal["rms", "global", "reference", "weight", "cosine"] = "rms"
-    """What a layer's importance is."""
+    score: Literal["rms", "global", "reference", "resnorm", "ratio", "weight", "cosine"] = "rms"
+    """What a layer's importance is: a norm of its gradients (rms, global, reference), rms by the norm of its input
+    (resnorm) or of its weights (ratio), the norm of its weights, or how little it turns hidden states (cosine)."""
     scores: Literal["fresh", "stale"] = "fresh"
     """fresh: every layer is scored on a selection step; stale: a frozen layer keeps its last score."""
     first: Literal["probe", "random_half"] = "probe"
@@ -199,6 +200,9 @@ class TuningConfig:
     pass, which ends at the lowest selected layer. 0: the paper's choice, whatever it costs."""
     ema: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Smoothing of scores: s <- ema * s_old + (1 - ema) * s_new."""
+    own_mean: bool = False
+    """With method ir, cut each layer's score divided by the mean of its earlier ones, so that layers train when their
+    gradients are large for them."""
     deselected_state: Literal["offload", "drop"] = "offload"
     """Optimizer state of a layer that is frozen: parked in host memory and restored bit for bit, or thrown away."""
     max_bad_scores: Annotated[int, Range(1)] = 10

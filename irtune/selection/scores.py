@@ -14,13 +14,15 @@ from torch import nn
 from irtune.adapters import LayerTable
 from irtune.distributed import runtime
 
-GRADIENT_SCORES = ("rms", "global", "reference")
+GRADIENT_SCORES = ("rms", "global", "reference", "resnorm", "ratio")
+WEIGHT_SCORES = ("weight", "ratio")  # which need each layer's projection
 
 
 class LayerScores:
     """Collects the scores of one selection.
 
-    kind: rms, global, reference (from gradients), weight (from constants) or cosine (from hidden states).
+    kind: rms, global, reference (from gradients), resnorm (from gradients and hidden states), ratio (from gradients and
+        constants), weight (from constants) or cosine (from hidden states).
     higher_is_important: False for cosine, where LOW values are selected.
     needs_gradients: False for weight and cosine, which a forward pass or none tells.
     """
@@ -28,18 +30,19 @@ class LayerScores:
     def __init__(
         self, table: LayerTable, kind: str, device: torch.device, projections: Sequence[torch.Tensor] | None = None
     ):
-        """Prepare to score the layers of `table`; `projections` are L weight matrices, needed for kind weight only."""
+        """Prepare to score the layers of `table`; `projections` are L weight matrices, for `WEIGHT_SCORES`."""
         self.table, self.kind, self.device = table, kind, device
         self.higher_is_important = kind != "cosine"
         self.needs_gradients = kind in GRADIENT_SCORES
-        self._weights = [float(w.detach().float().norm()) for w in projections or []] if kind == "weight" else []
+        self._weights = [float(w.detach().float().norm()) for w in projections or []] if kind in WEIGHT_SCORES else []
         self.reset()
 
     def reset(self) -> None:
         """Forget what was gathered."""
         layers = self.table.num_layers
         self._sums = torch.zeros(layers, dtype=torch.float64, device=self.device)
-        self._counts = torch.zeros(layers, dtype=torch.float64, device=self.device)
+        self._token_sums = torch.zeros(layers, dtype=torch.float64, device=self.device)
+        self._tokens = torch.zeros(layers, dtype=torch.float64, device=self.device)
         self._norms: list[tuple[int, torch.Tensor]] = []  # (layer, fp32 scalar) of this micro-batch's tensors
         self._gradients: dict[tuple[int, int], torch.Tensor] = {}  # (layer, parameter) -> sum over micro-batches
         self._micro_batches = 0
@@ -60,7 +63,7 @@ class LayerScores:
         with contextlib.ExitStack() as cleanup:
             if self.needs_gradients:
                 self._watch_gradients(cleanup, all_layers, factor)
-            elif self.kind == "cosine":
+            if self.kind in ("cosine", "resnorm"):
                 self._watch_hidden_states(cleanup, attention_mask)
             yield
         self._add_squares(factor)
@@ -99,22 +102,26 @@ class LayerScores:
             known = self._gradients.get((layer, position))
             self._gradients[layer, position] = scaled if known is None else known.add_(scaled)
 
-        return add_norm if self.kind == "rms" else add_gradient
+        return add_gradient if self.kind in ("global", "reference") else add_norm
 
     def _watch_hidden_states(self, cleanup: contextlib.ExitStack, attention_mask: torch.Tensor) -> None:
         def compare(layer: int):
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
                 before = args[0] if args else kwargs["hidden_states"]
-                after = output[0] if isinstance(output, tuple) else output
                 with torch.no_grad():
-                    cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-                    self._sums[layer] += (cosine * attention_mask).sum().double()
-                    self._counts[layer] += attention_mask.sum().double()
+                    if self.kind == "cosine":
+                        after = output[0] if isinstance(output, tuple) else output
+                        values = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+                    else:
+                        values = before.float().square().mean(-1)
+                    self._token_sums[layer] += (values * attention_mask).sum().double()
+                    self._tokens[layer] += attention_mask.sum().double()
 
             return hook
 
         for layer, module in enumerate(self.table.modules):
-            self._scored.add(layer)
+            if self.kind == "cosine":
+                self._scored.add(layer)
             cleanup.callback(module.register_forward_hook(compare(layer), with_kwargs=True).remove)
 
     def reduce(self) -> list[float | None]:
@@ -126,9 +133,11 @@ class LayerScores:
             return list(self._weights)
         values = {
             "rms": self._rms,
-            "cosine": self._cosine,
+            "cosine": self._token_mean,
             "global": self._global,
             "reference": self._reference,
+            "resnorm": self._resnorm,
+            "ratio": self._ratio,
         }[self.kind]()
         numbers = values.tolist()  # the one host read
         scored = self._scored
@@ -141,10 +150,23 @@ class LayerScores:
         both = runtime.all_reduce(torch.cat([self._sums, count]))
         return (both[:-1] / both[-1]).sqrt()
 
-    def _cosine(self) -> torch.Tensor:
-        """Mean over all tokens of all ranks, float64 [L]."""
-        both = runtime.all_reduce(torch.stack([self._sums, self._counts]))
+    def _token_mean(self) -> torch.Tensor:
+        """Mean over all tokens of all ranks of what the hooks took, float64 [L]."""
+        both = runtime.all_reduce(torch.stack([self._token_sums, self._tokens]))
         return both[0] / both[1]
+
+    def _resnorm(self) -> torch.Tensor:
+        """rms / sqrt(mean square of a value of the layer's input over all tokens), float64 [L].
+
+        What a LoRA's gradient owes to large inputs is taken out, after Layer Card (arXiv 2602.04019), which divides by
+        the inputs' covariance (our reading: by its trace).
+        """
+        return self._rms() / self._token_mean().sqrt()
+
+    def _ratio(self) -> torch.Tensor:
+        """rms / norm of the layer's projection, float64 [L]: the inverse of LARS's trust ratio (You et al., 2017)."""
+        scores = self._rms()
+        return scores / scores.new_tensor(self._weights)
 
     def _global(self) -> torch.Tensor:
         """|| (1/M) sum_m g_l^(m) ||, float64 [L]; the gradients themselves are all-reduced."""

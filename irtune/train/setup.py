@@ -43,7 +43,7 @@ from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
 from irtune.selection import Chooser
 from irtune.selection.registry import build_chooser
-from irtune.selection.scores import LayerScores
+from irtune.selection.scores import WEIGHT_SCORES, LayerScores
 from irtune.selection.signal_noise import layer_ratios
 from irtune.train.checkpoint import Checkpoints
 from irtune.train.layer_selection import SelectionMethod
@@ -210,9 +210,9 @@ def _training_data(
 def _score_constants(
     config: Config, classifier: Classifier
 ) -> tuple[Sequence[torch.Tensor] | None, dict[str, list[float]] | None]:
-    """What some methods look at: a projection per layer for the score `weight`, or signal-to-noise ratios."""
+    """What some methods look at: a projection per layer for scores of weights, or signal-to-noise ratios."""
     model, anatomy = classifier.model, classifier.anatomy
-    projections = output_projections(model, anatomy) if config.tuning.score == "weight" else None
+    projections = output_projections(model, anatomy) if config.tuning.score in WEIGHT_SCORES else None
     return projections, layer_ratios(model, anatomy) if methods()[config.tuning.method].needs_ratios else None
 
 

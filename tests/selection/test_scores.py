@@ -43,16 +43,32 @@ def formulas(gradients):
     return {"rms": rms, "global": average, "reference": reference}
 
 
+def input_sizes(rig, batches):
+    """Square root of the mean square of each layer's input, over all tokens."""
+    squares, tokens = torch.zeros(LAYERS, dtype=torch.float64), 0
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        tokens += int(mask.sum())
+        with torch.no_grad():
+            for layer, (before, _) in enumerate(hidden_states(rig, batch)):
+                squares[layer] += before[mask].double().square().mean(-1).sum()
+    return (squares / tokens).sqrt().tolist()
+
+
 def score_a_step(model, stage, kind, accumulation, probe):
     rig = Rig(model, stage, accumulation=accumulation)
     if not probe:
         rig.engine.reselect([1, 4])
         rig.train(2)  # adapters have left their zeros
-    scores = LayerScores(rig.table, kind, rig.world.device)
+    scores = LayerScores(rig.table, kind, rig.world.device, rig.projections)
     world = rig.world.size
     first = rig.steps * world * accumulation
     everything = [rig.batch(first + m) for m in range(world * accumulation)]
-    truth = true_gradients(rig, everything) if stage != 3 else None
+    truth = formulas(true_gradients(rig, everything)) if stage != 3 else None
+    if truth is not None:
+        inputs, weights = input_sizes(rig, everything), [float(w.norm()) for w in rig.projections]
+        truth["resnorm"] = [score / size for score, size in zip(truth["rms"], inputs, strict=True)]
+        truth["ratio"] = [score / size for score, size in zip(truth["rms"], weights, strict=True)]
     if probe:
         for batch in rig.mine(rig.steps):
             watch = scores.micro_batch(batch["attention_mask"], all_layers=True, factor=1.0)
@@ -64,7 +80,7 @@ def score_a_step(model, stage, kind, accumulation, probe):
     clean = all(p.grad is None and not p.requires_grad for n in (0, 2, 3, 5) for _, p in rig.table.layers[n])
     handles = sum(len(p._backward_hooks or {}) for _, p in rig.table.all())
     rig.close()
-    return measured, formulas(truth) if truth is not None else None, clean, handles
+    return measured, truth, clean, handles
 
 
 @pytest.mark.parametrize("kind", ["rms", "global"])
@@ -75,6 +91,13 @@ def test_scores_equal_autograd(llama, kind, world, accumulation, probe):
         assert measured == pytest.approx(truth[kind], rel=1e-5)
         assert clean
         assert handles == 0
+
+
+@pytest.mark.parametrize("kind", ["resnorm", "ratio"])
+def test_scores_by_inputs_and_by_weights_equal_autograd(llama, kind):
+    for measured, truth, clean, handles in run_ranks(score_a_step, 2, llama, 2, kind, 2, False):
+        assert measured == pytest.approx(truth[kind], rel=1e-5)
+        assert clean and not handles
 
 
 def test_reference_score_is_the_mean_over_ranks(llama):

@@ -11,6 +11,7 @@ from irtune.config import TuningConfig
 from irtune.errors import ConfigError
 from irtune.selection import Observation, split_layers
 from irtune.selection.chooser import sigmoid, weighted_sample
+from irtune.selection.methods.adagradselect import AdaGradSelectChooser
 from irtune.selection.methods.cyclic import CyclicChooser
 from irtune.selection.methods.fixed import FullChooser, parse_layers
 from irtune.selection.methods.grass import GrassChooser
@@ -141,8 +142,40 @@ def test_stale_scores_stay_and_unknown_ones_are_zero():
     assert chooser.scores == [None, None, 0.1, 8.0]
 
 
-def test_ir_state_survives_saving():
-    first, second = IRChooser(3, ema=0.5), IRChooser(3, ema=0.5)
+def test_ir_cuts_scores_against_their_own_means():
+    chooser = IRChooser(3, own_mean=True, min_fraction=0.3)
+    assert chooser.choose(Observation(1, [1.0, 1.0, 10.0], [])) == [2]  # no means yet
+    assert chooser.choose(Observation(2, [3.0, 1.0, 10.0], [2])) == [0]  # ratios 3, 1, 1
+    assert (chooser.totals, chooser.counts) == ([4.0, 2.0, 20.0], [2, 2, 2])
+    assert chooser.choose(Observation(3, [1.0, 1.0, 30.0], [0])) == [2]  # 1 / 2, 1 / 1, 30 / 10
+    bad = Observation(4, [float("inf"), 1.0, 1.0], [2])
+    assert chooser.choose(bad) == [2] and chooser.counts == [3, 3, 3]
+
+
+def test_adagradselect_explores_less_and_less():
+    chooser = AdaGradSelectChooser(8, seed=3, count=2)
+    scores = [0.0, 9.0, 0.0, 8.0, 0.0, 0.0, 0.0, 0.0]
+    chosen = [chooser.choose(Observation(step, scores, [])) for step in range(0, 600, 10)]
+    assert chosen[0] == [1, 3] and all(len(set(layers)) == 2 for layers in chosen)
+    early, late = (sum(layers == [1, 3] for layers in part) for part in (chosen[:10], chosen[-10:]))
+    assert early > late and sum(chooser.counts) == 120
+    again = AdaGradSelectChooser(8, seed=3, count=2)
+    again.load_state_dict(json.loads(json.dumps(chooser.state_dict())))
+    seen = Observation(600, scores, [])
+    assert chooser.choose(seen) == again.choose(seen)
+    before = list(chooser.counts)
+    assert chooser.choose(Observation(610, [float("nan")] * 8, [4])) == [4] and chooser.counts == before
+
+
+def test_probe_chooses_once_from_the_first_scores():
+    chooser = build_chooser(TuningConfig(method="probe"), 4, seed=0)
+    assert chooser.first() is None and chooser.choose(Observation(0, [1.0, 4.0, 2.0, 3.0], [])) == [1, 3]
+    assert not any(chooser.is_due(step) for step in range(1, 100))
+
+
+@pytest.mark.parametrize("options", [{"ema": 0.5}, {"own_mean": True}])
+def test_ir_state_survives_saving(options):
+    first, second = IRChooser(3, **options), IRChooser(3, **options)
     first.choose(Observation(1, [1.0, None, 3.0], []))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     seen = Observation(2, [2.0, 4.0, 1.0], [2])

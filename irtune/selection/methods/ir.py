@@ -1,6 +1,7 @@
 """IR-Tuning: train the layers whose scores stand out (Liu and Litman, Findings of EMNLP 2025)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from irtune.config.declarations import Method
@@ -11,6 +12,9 @@ from irtune.selection.split import REFERENCE_WINDOW, raise_lowest, split_layers
 
 class IRChooser(Chooser):
     """Cuts the layers' latest scores with a split rule.
+
+    With `own_mean`, each score is first divided by the mean of all the layer's scores before it: what stands out is
+    what is high for that layer. The first selection has no such mean and cuts the scores themselves.
 
     A score that is not finite never counts as important: the whole selection is kept as it was, and the event counted.
     Layers that never had a score (stale scores only) count as 0.
@@ -31,11 +35,13 @@ class IRChooser(Chooser):
         ema: float = 0.0,
         random_first: bool = False,
         cost_weight: float = 0.0,
+        own_mean: bool = False,
     ):
         super().__init__(num_layers, interval, seed)
         self.rule, self.num_splits = rule, num_splits
         self.min_fraction, self.max_fraction = min_fraction, max_fraction
         self.ema, self.random_first, self.cost_weight = ema, random_first, cost_weight
+        self.own_mean, self.totals, self.counts = own_mean, [0.0] * num_layers, [0] * num_layers
         self.scores: list[float | None] = [None] * num_layers
         self.bad_in_a_row = 0
 
@@ -55,17 +61,32 @@ class IRChooser(Chooser):
             if score is not None:  # s <- ema * s_old + (1 - ema) * s_new
                 self.scores[layer] = score if old is None else self.ema * old + (1 - self.ema) * score
         scores = [score if score is not None else 0.0 for score in self.scores]
+        if self.own_mean:
+            scores = self._against_own_mean(scores, fresh)
         chosen = split_layers(scores, self.rule, self.num_splits, self.min_fraction, self.max_fraction)
         return raise_lowest(scores, chosen, self.cost_weight)
 
+    def _against_own_mean(self, scores: list[float], fresh: Sequence[float | None]) -> list[float]:
+        means = [total / count if count else 0.0 for total, count in zip(self.totals, self.counts)]
+        for layer, score in enumerate(fresh):
+            if score is not None:
+                self.totals[layer] += score
+                self.counts[layer] += 1
+        if not any(means):
+            return scores
+        return [score / mean if mean else 0.0 for score, mean in zip(scores, means)]
+
     def state_dict(self) -> dict[str, Any]:
-        """Remembered scores (length L, null where unknown) and the count of bad selections in a row."""
-        return {"scores": list(self.scores), "bad_in_a_row": self.bad_in_a_row}
+        """Remembered scores, their sums and counts (length L), and the count of bad selections in a row."""
+        means = {"totals": list(self.totals), "counts": list(self.counts)} if self.own_mean else {}
+        return {"scores": list(self.scores), "bad_in_a_row": self.bad_in_a_row} | means
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over remembered scores and the count of bad selections."""
         self.scores = list(state["scores"])
         self.bad_in_a_row = int(state["bad_in_a_row"])
+        if self.own_mean:
+            self.totals, self.counts = list(state["totals"]), list(state["counts"])
 
 
 def _from_config(tuning: TuningConfig, candidates: Candidates) -> IRChooser:
@@ -81,6 +102,7 @@ def _from_config(tuning: TuningConfig, candidates: Candidates) -> IRChooser:
         ema=tuning.ema,
         random_first=tuning.first == "random_half",
         cost_weight=tuning.cost_weight,
+        own_mean=tuning.own_mean,
     )
 
 
@@ -97,7 +119,7 @@ METHOD = Method(
     from_config=_from_config,
     takes_budget=True,
     largest=_largest,
-    keys=("tuning.cost_weight",),
+    keys=("tuning.cost_weight", "tuning.own_mean"),
     refuses=(
         (
             {"tuning.budget": ..., "tuning.rule": "reference"},

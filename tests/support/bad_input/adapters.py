@@ -69,36 +69,6 @@ def kept_half(output: str, box: Box) -> None:
     assert "\\ud800" in output and json.loads(output)["note"] == "\ud800"
 
 
-def rows(row: dict, output: str, *options: str, change: Callable[[Path], object] = lambda folder: None):
-    """Predict one row with a good run, or with what `change` makes of it."""
-
-    def build(box: Box) -> list[str]:
-        folder = box.folder / "finished"
-        shutil.copytree(box.lora, folder)
-        change(folder)
-        source = str(box.lines("new.jsonl", [row]))
-        target = output if output == "-" else str(box.folder / output)
-        return ["predict", "--run", str(folder), "--input", source, "--output", target, *options]
-
-    return build
-
-
-def no_input(box: Box) -> list[str]:
-    (box.folder / "finished").mkdir()
-    target = box.write("out.csv", "mine")
-    return ["predict", "--run", str(box.lora), "--input", str(box.folder / "no.csv"), "--output", str(target)]
-
-
-def single(folder: Path) -> None:
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["data"]["after"] = None
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-
-
-def kept_half(output: str, box: Box) -> None:
-    assert "\\ud800" in output and json.loads(output)["note"] == "\ud800"
-
-
 def edited(name: str, **values: object):
     def change(folder: Path) -> None:
         file = folder / name
@@ -174,15 +144,6 @@ def selection(*lines: object):
 
 GOOD = {"step": 0, "num_layers": 6, "scores": None, "selected": [1], "changed": True, "seconds": 0.1}
 CASES = [
-    Case("an input that does not exist, and an output that does", no_input, "there is no file ..."),
-    Case("a line break for a .tsv file", rows({"before": "a", "after": "b", "note": "c\nd"}, "out.tsv"),
-         "new.jsonl, row 1, column 'note': a line break, which a .tsv file cannot hold; accepted: .jsonl or .csv"),
-    Case("half a character for a table", rows({"before": "a", "after": "b", "note": "\ud800"}, "out.csv"),
-         "new.jsonl, row 1, column 'note': half of a surrogate pair, which a .csv file cannot hold; accepted: .jsonl"),
-    Case("half a character in another column", rows({"before": "a", "after": "b", "note": "\ud800"}, "-"),
-         "it is written as it was", check=kept_half),
-    Case("a text after for a run on single texts", rows({"before": "a", "new": "b"}, "-", "--after", "new", change=single),
-         "--after 'new': the run was trained on single texts (data.after is null); leave it out"),
     Case("an input that does not exist, and an output that does", no_input, "there is no file ..."),
     Case("a line break for a .tsv file", rows({"before": "a", "after": "b", "note": "c\nd"}, "out.tsv"),
          "new.jsonl, row 1, column 'note': a line break, which a .tsv file cannot hold; accepted: .jsonl or .csv"),

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from irtune.config.declarations import adapter_kinds, methods
+from irtune.config.schema import DataConfig
 
 MODELS = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B",
@@ -46,6 +47,7 @@ def fill_presets(values: dict[str, Any]) -> dict[str, Any]:
     for (key, name), settings in PRESETS.items():
         if filled.get(key) == name:
             _fill(filled, settings)
+    _fill_input(filled)
     model = filled.get("model.name_or_path")
     if isinstance(model, str) and model in MODELS:
         filled["model.name_or_path"] = MODELS[model]
@@ -55,6 +57,16 @@ def fill_presets(values: dict[str, Any]) -> dict[str, Any]:
 def _fill(filled: dict[str, Any], settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         filled.setdefault(key, value)
+
+
+def _fill_input(filled: dict[str, Any]) -> None:
+    """A pair is written as a diff, which a head at the edits reads; single texts have neither."""
+    pair = filled.get("data.after", DataConfig.after) is not None
+    if not pair:
+        filled.setdefault("data.prompt", "plain")
+    marks_edits = filled.get("data.prompt", DataConfig.prompt) == "diff" and filled.get("data.template") is None
+    if marks_edits:
+        filled.setdefault("model.pooling", "mean+edit")
 
 
 def choices() -> list[dict[str, str]]:

@@ -53,8 +53,8 @@ class ModelConfig:
     """Where the classification head reads the text. class: where the model's own sequence classifier does; last: at the
     last token; cls: at the first, of tokenizers with a classification token; mean: the mean of all tokens; edit: the
     mean of the tokens of the marked edits, of all tokens where nothing is marked; mean+edit and last+edit: both. Those
-    with edit need data.prompt diff. All but class have a head of irtune's that computes in fp32 and starts at zero, and
-    are saved in irtune's format."""
+    with edit need data.prompt diff, with which mean+edit is filled in. All but class have a head of irtune's that
+    computes in fp32 and starts at zero, and are saved in irtune's format."""
     head: Literal["linear", "mlp"] = "linear"
     """Head of every pooling but class: linear, or mlp with a hidden layer as wide as the model."""
     gradient_checkpointing: bool = False
@@ -149,9 +149,10 @@ class DataConfig:
     max_length: Annotated[int, Range(16)] = 256
     """Longest input in tokens. The longer of the two texts is shortened first, of a diff the unchanged text furthest
     from the edits; the template is never cut."""
-    prompt: Literal["plain", "instruction", "tagged", "diff"] = "tagged"
+    prompt: Literal["plain", "instruction", "tagged", "diff"] = "diff"
     """How a pair is written: plain pair, instruction with the list of labels, <old>...</old><new>...</new>, or diff:
-    unchanged words once, edits marked at their place, as in `the [-blue-]{+red+} house`."""
+    unchanged words once, edits marked at their place, as in `the [-blue-]{+red+} house`. Single texts, for which plain
+    is the default, are not written as anything."""
     context_words: Annotated[int | None, Range(0)] = None
     """With prompt diff, unchanged text further than so many words from every edit is left out. null: all of it stays
     that fits into max_length."""

@@ -208,7 +208,7 @@ def test_a_diff_needs_a_pair(bpe):
     with pytest.raises(ConfigError, match=r"data.prompt diff compares two texts, but data.after is null"):
         load_config(["--data.path=x", "--data.prompt=diff", "--data.after=null"])
     with pytest.raises(ConfigError, match=r"data.context_words goes with data.prompt diff, not tagged"):
-        load_config(["--data.path=x", "--data.context_words=3"])
+        load_config(["--data.path=x", "--data.prompt=tagged", "--data.context_words=3"])
     encoder = Encoder(AutoTokenizer.from_pretrained(bpe), DataConfig(prompt="diff"), ["x", "y"])
     with pytest.raises(DataError, match=r"example '7' has no text after the revision"):
         encoder.encode(Example("7", "a", None, 0))

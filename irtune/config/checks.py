@@ -10,6 +10,7 @@ from typing import Any
 
 from irtune.config.declarations import Declaration, adapter_kinds, methods
 from irtune.config.schema import Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
+from irtune.config.tasks import task_problems
 from irtune.config.template import template_problems
 
 # Keys of zero_optimization by which ZeRO 3 rounds weights that it stores or sends.
@@ -27,6 +28,7 @@ def check_config(config: Config) -> list[str]:
         *_check_limits(config),
         *_check_data(config),
         *_check_loss(config),
+        *task_problems(config),
         *_check_declared(config, "adapter.type", adapter_kinds()),
         *_check_declared(config, "tuning.method", methods()),
         *_check_model(config),

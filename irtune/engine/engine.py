@@ -150,7 +150,7 @@ class Engine:
         """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer."""
         if not backward:
             with torch.no_grad():
-                self.module(**{name: tensor for name, tensor in batch.items() if name != WEIGHTS})
+                self.module(**split_batch(batch)[0])
             return
         for _, parameter in self.table.head:
             parameter.requires_grad_(False)

@@ -117,6 +117,7 @@ def build(setup: RunSetup, world: World, folder: Path) -> Trainer:
         start_step=progress.step,
         max_steps=data.max_steps,
         score=config.tuning.score,
+        task=data.corpus.task,
     )
     layers = LayerSelection(
         config.tuning, setup.method, engine=engine, progress=progress, tracker=tracker, max_steps=data.max_steps

@@ -117,7 +117,9 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     nodes.check_equal({"the corpus": digest, "the checkpoint to continue from": latest.name if latest else "none"})
     with runtime.shared_errors():
         memory = _estimate_memory(config, settings, world, corpus)
-        classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
+        classifier = load_classifier(
+            config.model, corpus.labels, sharded=_sharded(config, settings), problem_type=corpus.task.problem_type
+        )
         check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
     nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})

@@ -53,7 +53,7 @@ class TrainingData:
     def batch(self, positions: list[int]) -> Batch:
         """The training examples at `positions`, as `collate` returns them, with labels and weights if they have any."""
         examples, encoded = self.corpus.splits["train"], self.encoded["train"]
-        labels = [examples[i].label for i in positions]
+        labels = [self.corpus.task.target(examples[i].label, len(self.corpus.labels)) for i in positions]
         batch = collate([encoded[i] for i in positions], self.pad_token_id, labels, self.device, self.padded)
         if self.weighted:
             batch[WEIGHTS] = torch.tensor([examples[i].weight for i in positions], device=self.device)
@@ -70,7 +70,8 @@ class TrainingData:
 
     def label_counts(self) -> list[int]:
         """Training examples of each class."""
-        labels = [example.label for example in self.corpus.splits["train"]]
+        numbers = self.corpus.task.numbers
+        labels = [number for example in self.corpus.splits["train"] for number in numbers(example.label)]
         return [labels.count(number) for number in range(len(self.corpus.labels))]
 
     def evaluation(self, split: str, forward: Callable[[Batch], torch.Tensor]) -> Predictions:
@@ -85,4 +86,5 @@ class TrainingData:
             pad_token_id=self.pad_token_id,
             device=self.device,
             padded=self.padded,
+            task=self.corpus.task,
         )

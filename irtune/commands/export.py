@@ -93,7 +93,7 @@ def _describe(
     exported = Config(
         model=model,
         adapter=config.adapter,
-        data=dataclasses.replace(config.data, path=corpus, train=None, dev=None, test=None),
+        data=dataclasses.replace(config.data, path=corpus, train=None, dev=None, test=None, synonyms=None),
         tuning=config.tuning,
         optim=config.optim,
         run=RunConfig(

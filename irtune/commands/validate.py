@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
@@ -15,7 +16,7 @@ from irtune.config.checks import pools_edits
 from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.config.warmup import warmup_length
-from irtune.data import Corpus, Encoder, build_sampler, read_corpus, total_steps
+from irtune.data import Corpus, Encoder, build_sampler, read_corpus, read_synonyms, total_steps
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.engine.losses import class_weights
@@ -65,6 +66,8 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     corpus = _tried(lambda: read_corpus(config.data), problems)
     if corpus:
         _tried(lambda: class_weights(config.optim, corpus.labels), problems)
+    if config.data.synonyms is not None:
+        _tried(lambda: read_synonyms(Path(str(config.data.synonyms)).expanduser()), problems)
     tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
     encoder = encoded = sampler = None
     if tokenizer:

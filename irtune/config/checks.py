@@ -74,6 +74,8 @@ def _check_data(config: Config) -> list[str]:
     columns = [column for column in (data.before, data.after, data.label) if column is not None]
     if len(set(columns)) != len(columns):
         problems.append(f"data.before, data.after and data.label must be different columns, not {columns}")
+    if data.synonyms is not None and data.augment == "none":
+        problems.append("data.synonyms goes with data.augment eda; remove it, or set data.augment")
     if data.weight is not None and data.weight in columns:
         problems.append(f"data.weight is {data.weight!r}, a column that is a text or the label already")
     if data.template is not None:
@@ -247,6 +249,10 @@ def _check_tuning(config: Config) -> list[str]:
 def _check_batch(config: Config) -> list[str]:
     optim, longest = config.optim, config.data.max_length
     problems = []
+    if optim.micro_batch_tokens is not None and config.data.augment != "none":
+        problems.append(
+            "data.augment changes the number of tokens that optim.micro_batch_tokens counts; remove one of the two"
+        )
     if optim.micro_batch_tokens is not None and optim.micro_batch_tokens < longest:
         problems.append(
             f"optim.micro_batch_tokens is {optim.micro_batch_tokens}; accepted: at least data.max_length, {longest}"

@@ -157,6 +157,13 @@ class DataConfig:
     """Labels in order of their numbers, or a map from raw label to label; null: those of the training split, sorted."""
     drop_labels: list[str] = field(default_factory=list)
     """Rows with one of these raw labels are left out."""
+    augment: Literal["none", "eda"] = "none"
+    """eda: in each epoch, a training example is seen as it is once in ten times, else with some words swapped, deleted,
+    replaced by synonyms or joined by them. Of a pair, only words that stand unchanged in both texts, and alike in
+    both."""
+    synonyms: str | None = None
+    """File of synonyms for augment: a set of words per line, separated by commas. null: words are swapped and deleted
+    only."""
     length_bucket: Annotated[int, Range(1)] = 50
     """Global batches whose examples are sorted by length together: less padding. Where labels go with length (an empty
     text), batches then lean to a label; 1 makes every global batch a random one."""
@@ -277,6 +284,12 @@ class OptimConfig:
     """gamma of focal: 0 is cross-entropy."""
     label_smoothing: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Share of the target that is spread over all classes."""
+    mixup: Annotated[float, Range(0.0)] = 0.0
+    """a of Beta(a, a), from which a share is drawn for each micro-batch: every example is mixed with another one in
+    this share, in what the last linear module of the head reads, and so are their losses. 0: not."""
+    contrastive: Annotated[float, Range(0.0)] = 0.0
+    """Weight of a supervised contrastive loss (temperature .1) that is added: examples of one label in a micro-batch
+    are drawn together in what the last linear module of the head reads, others apart. 0: not."""
     rdrop: Annotated[float, Range(0.0)] = 0.0
     """Weight of R-Drop: each example passes twice, and the two answers, which dropout makes differ, are drawn to each
     other. A step takes twice the time and memory. Needs dropout in the model or adapter.dropout."""

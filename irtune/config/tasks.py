@@ -39,6 +39,8 @@ def task_problems(config: Config) -> list[str]:
         ("optim.positive_weight false", not optim.positive_weight, MULTI),
         ("optim.label_smoothing", optim.label_smoothing > 0, SINGLE),
         ("optim.class_weights", optim.class_weights is not None, SINGLE),
+        ("optim.mixup", optim.mixup > 0, SINGLE),
+        ("optim.contrastive", optim.contrastive > 0, SINGLE),
         ("optim.rdrop", optim.rdrop > 0, SINGLE),
         ("run.logit_adjust", run.logit_adjust > 0, SINGLE),
     ):
@@ -48,6 +50,14 @@ def task_problems(config: Config) -> list[str]:
     if kind is not None and kind.reads_labels and task != SINGLE:
         problems.append(f"adapter.type {kind.name} has one softmax over the labels, which does not go with {words}; "
                         "set adapter.type to lora or prompt")  # fmt: skip
+    for key, given in (("optim.mixup", optim.mixup > 0), ("optim.contrastive", optim.contrastive > 0)):
+        if given and optim.rdrop:
+            problems.append(f"{key} does not go with optim.rdrop, which has two passes of each example; remove one")
+        if given and optim.micro_batch_size == 1 and optim.micro_batch_tokens is None:
+            problems.append(f"{key} needs other examples in a micro-batch; set optim.micro_batch_size to 2 or more")
+        if given and kind is not None and kind.reads_labels:
+            problems.append(f"{key} does not go with adapter.type {kind.name}, which reads a text once per label; "
+                            "remove it")  # fmt: skip
     if task == VALUE:
         for key, given in (
             ("data.labels", data.labels is not None),

@@ -74,6 +74,10 @@ class BatchSampler:
         first = position * self.micro_batches
         return self._batches(epoch)[first : first + self.micro_batches]
 
+    def epoch(self, step: int) -> int:
+        """The epoch of optimizer step `step`, both counted from 0."""
+        return step // self.steps_per_epoch if self.tokens is None else self._find(step)[0]
+
     def examples(self, steps: int) -> int:
         """Examples in the first `steps` optimizer steps."""
         if self.tokens is None:

@@ -17,8 +17,10 @@ from irtune.config.labels import canonical
 from irtune.errors import ConfigError
 
 log = logging.getLogger("irtune")
-# logits [batch, classes], targets [batch, ...] and, where examples weigh differently, their weights fp32 [batch]
+# logits [batch, classes], targets [batch, ...] and, where examples weigh differently, their weights fp32 [batch]; with
+# optim.mixup also `mixed`
 Loss = Callable[..., torch.Tensor]
+Mixed = tuple[torch.Tensor, torch.Tensor]
 Each = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits and targets to the loss of each example [batch]
 
 
@@ -116,6 +118,10 @@ def build_loss(
     classes; and with `optim.class_weights`. Every loss takes a weight of each example where the batch has them
     (`data.weight`).
 
+    `mixed`, of `optim.mixup` (Zhang et al., ICLR 2018): a share lambda, fp32 [], and an order of the examples, int64
+    [batch]. Logits become lambda x their own + (1 - lambda) x those of the example in the order's place, and so do the
+    losses for the labels of the two. Behind a linear module, to mix its outputs is to mix its inputs.
+
     Raises:
         ConfigError: as `class_weights`.
     """
@@ -127,11 +133,19 @@ def build_loss(
     else:
         of_each = _one_label(optim, counts, device, names)
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor, examples: torch.Tensor | None = None) -> torch.Tensor:
+    def weighed(logits: torch.Tensor, labels: torch.Tensor, examples: torch.Tensor | None) -> torch.Tensor:
         each = of_each(logits, labels)
-        if examples is not None:
-            each = each * examples
-        return each.mean()
+        return each if examples is None else each * examples
+
+    def loss(
+        logits: torch.Tensor, labels: torch.Tensor, examples: torch.Tensor | None = None, mixed: Mixed | None = None
+    ) -> torch.Tensor:
+        if mixed is None:
+            return weighed(logits, labels, examples).mean()
+        share, order = mixed
+        blend = share * logits.float() + (1 - share) * logits.float()[order]
+        own, other = weighed(blend, labels, examples), None if examples is None else examples[order]
+        return (share * own + (1 - share) * weighed(blend, labels[order], other)).mean()
 
     return loss
 

@@ -189,6 +189,18 @@ def test_sets_from_lists_and_from_texts_are_the_same_corpus(tmp_path):
     assert len(read_corpus(replace(lists, drop_labels=["1"])).splits["train"]) == 2
 
 
+def test_lists_of_classes_in_a_parquet_file_get_their_names(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    kinds = {"before": Value("string"), "after": Value("string"), "label": List(ClassLabel(names=["low", "high"]))}
+    rows = {"before": ["a", "b", "c"], "after": ["x", "y", "z"], "label": [[1], [], [0, 1]]}
+    for split in ("train", "dev"):
+        Dataset.from_dict(rows, features=Features(kinds)).to_parquet(str(tmp_path / f"{split}.parquet"))
+    corpus = read_corpus(DataConfig(path=str(tmp_path), multi_label=True))
+    assert corpus.labels == ["high", "low"]
+    assert [example.label for example in corpus.splits["train"]] == [(0,), (), (0, 1)]
+
+
 @pytest.mark.parametrize(
     "cells, options, said",
     [

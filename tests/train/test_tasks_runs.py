@@ -22,6 +22,9 @@ OPTIONS = {
     "multi": MULTI,
     "prompt": MULTI | {"adapter__type": "prompt", "adapter__prompt_init": "labels", "adapter__prompt_lr": 300,
                        "data__label": "text", "data__label_separator": "|"},
+    "mixing": {"data__label": "one", "optim__mixup": 0.4, "optim__contrastive": 0.5, "data__augment": "eda",
+               "model__pooling": "mean", "model__head": "mlp"},
+    "contrast": {"data__label": "one", "optim__contrastive": 0.5, "adapter__type": "prompt"},
     "value": {"data__task": "regression", "data__label": "value", "optim__lr": 0.001},
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from irtune.config.declarations import Declaration, adapter_kinds, methods
 from irtune.config.schema import Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
+from irtune.config.tasks import task_problems
 from irtune.config.template import template_problems
 
 # Keys of zero_optimization by which ZeRO 3 rounds weights that it stores or sends.
@@ -27,6 +28,7 @@ def check_config(config: Config) -> list[str]:
         *_check_limits(config),
         *_check_data(config),
         *_check_loss(config),
+        *task_problems(config),
         *_check_declared(config, "adapter.type", adapter_kinds()),
         *_check_declared(config, "tuning.method", methods()),
         *_check_model(config),
@@ -72,6 +74,8 @@ def _check_data(config: Config) -> list[str]:
     columns = [column for column in (data.before, data.after, data.label) if column is not None]
     if len(set(columns)) != len(columns):
         problems.append(f"data.before, data.after and data.label must be different columns, not {columns}")
+    if data.synonyms is not None and data.augment == "none":
+        problems.append("data.synonyms goes with data.augment eda; remove it, or set data.augment")
     if data.weight is not None and data.weight in columns:
         problems.append(f"data.weight is {data.weight!r}, a column that is a text or the label already")
     if data.template is not None:
@@ -245,6 +249,10 @@ def _check_tuning(config: Config) -> list[str]:
 def _check_batch(config: Config) -> list[str]:
     optim, longest = config.optim, config.data.max_length
     problems = []
+    if optim.micro_batch_tokens is not None and config.data.augment != "none":
+        problems.append(
+            "data.augment changes the number of tokens that optim.micro_batch_tokens counts; remove one of the two"
+        )
     if optim.micro_batch_tokens is not None and optim.micro_batch_tokens < longest:
         problems.append(
             f"optim.micro_batch_tokens is {optim.micro_batch_tokens}; accepted: at least data.max_length, {longest}"

@@ -16,7 +16,7 @@ MODELS = {
 }
 
 # Those of adapter types and methods stand in their declarations, as `fills`.
-PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+PRESETS: dict[tuple[str, str | bool], dict[str, Any]] = {
     ("data.preset", "iterater-human"): {
         "data.before": "before_sent",
         "data.after": "after_sent",
@@ -24,6 +24,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "data.drop_labels": ["others"],  # by convention: 45 of 2,946 rows, no intention of its own
     },
     ("data.preset", "argrewrite"): {"data.before": "source", "data.after": "target", "data.label": "label"},
+    ("data.multi_label", True): {"optim.loss": "binary"},
+    ("data.task", "regression"): {"optim.loss": "mean_squared_error", "run.best_metric": "pearson"},
     ("tuning.preset", "reference"): {
         "tuning.score": "reference",
         "tuning.scores": "stale",
@@ -69,9 +71,9 @@ def _fill_input(filled: dict[str, Any]) -> None:
         filled.setdefault("model.pooling", "mean+edit")
 
 
-def choices() -> list[dict[str, str]]:
+def choices() -> list[dict[str, Any]]:
     """All settings, most of a single key, that fill in others."""
-    declared = [
+    declared: list[dict[str, Any]] = [
         *({"tuning.method": name} for name, method in methods().items() if method.fills),
         *(
             {"tuning.method": name, "adapter.type": kind}

@@ -28,6 +28,7 @@ from irtune.models import DTYPES, Classifier, load_classifier
 from irtune.models.limits import check_tokens
 from irtune.models.pooling import HEAD_FILE, load_head, pooling_of
 from irtune.models.quantization import dequantize
+from irtune.tasks import SINGLE_LABEL, Task, task_of
 
 
 def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -51,7 +52,7 @@ def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
         )
     results = read_object(folder / "results.json")
     labels = results["dev"].get("per_class") if isinstance(results.get("dev"), dict) else None
-    if not isinstance(labels, dict) or len(labels) < 2:
+    if not isinstance(labels, dict) or len(labels) < task_of(config.data).least_labels:
         raise RunError(f"{folder / 'results.json'} is damaged: it has no labels of the dev split")
     return config, results
 
@@ -98,6 +99,7 @@ class LoadedRun:
     model: nn.Module
     encoder: Encoder
     device: torch.device
+    task: Task = SINGLE_LABEL
 
     def predict(self, examples: Sequence[Example], batch_size: int) -> Predictions:
         """Logits of `examples` in their order, whatever the batches and ranks. Collective."""
@@ -112,6 +114,7 @@ class LoadedRun:
             pad_token_id=int(self.classifier.tokenizer.pad_token_id),  # type: ignore[arg-type]
             device=self.device,
             padded=padded_lengths(self.config, self.device),
+            task=self.task,
         )
 
 
@@ -126,7 +129,7 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     """
     config, results = read_run(folder)
     check_trusted(folder, config, trusted)
-    labels = list(results["dev"]["per_class"])
+    labels, task = list(results["dev"]["per_class"]), task_of(config.data, results)
     merged, adapter = is_merged(folder), adapter_folder(folder)
     if merged:
         _check_merged(folder, labels)
@@ -137,7 +140,7 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     rounded = config.model.quantization != "none"
     as_trained = dtype is None or rounded
     model_config = config.model if as_trained else dataclasses.replace(config.model, dtype=dtype)  # type: ignore[arg-type]
-    classifier = load_classifier(model_config, labels, device)
+    classifier = load_classifier(model_config, labels, device, problem_type=task.problem_type)
     if dtype is not None and rounded:  # the weights that the adapter was trained on, in the wanted format
         dequantize(classifier.model, DTYPES[dtype])
     encoder = Encoder(classifier.tokenizer, config.data, labels, edits=pools_edits(config.model))
@@ -154,7 +157,7 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     except Exception as error:  # peft and safetensors raise many kinds for files that are damaged or do not fit
         said = one_line(error)
         raise RunError(f"{adapter} does not fit {config.model.name_or_path}: {said}") from error
-    return LoadedRun(folder, config, results, labels, classifier, model.eval().to(device), encoder, device)
+    return LoadedRun(folder, config, results, labels, classifier, model.eval().to(device), encoder, device, task)
 
 
 def check_trusted(folder: Path, config: Config, trusted: Collection[str]) -> None:

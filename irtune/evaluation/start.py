@@ -23,7 +23,7 @@ log = logging.getLogger("irtune")
 SCALES = {"r": "r", "lora_alpha": "alpha", "use_rslora": "type", "use_dora": "type", "init_lora_weights": "type"}
 
 # Keys of adapter that change what the same values compute, in irtune's own format.
-FACTORS = ("alpha", "scale", "activation", "placement")
+FACTORS = ("alpha", "scale", "activation", "placement", "prompt_lr")
 
 
 def start_from(place: str, model: nn.Module, table: LayerTable, adapter: AdapterConfig, labels: Sequence[str]) -> None:

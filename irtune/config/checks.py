@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from irtune.config.declarations import Declaration, adapter_kinds, methods
-from irtune.config.schema import Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
+from irtune.config.schema import AdapterConfig, Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
 from irtune.config.tasks import task_problems
 from irtune.config.template import template_problems
 
@@ -149,14 +149,22 @@ def check_compile(config: Config, zero: dict[str, Any], path: object) -> list[st
     return problems
 
 
-def check_parameters(parameters: list[str], zero: dict[str, Any], path: object) -> list[str]:
-    """Problems of adapter.target_parameters with the zero_optimization section of the DeepSpeed file `path`."""
-    if not parameters or zero["stage"] != 3:
+def check_adapter_sharding(adapter: AdapterConfig, zero: dict[str, Any], path: object) -> list[str]:
+    """Problems of adapters with the zero_optimization section of the DeepSpeed file `path`."""
+    kind, problems = adapter_kinds().get(adapter.type), []
+    if zero["stage"] != 3:
         return []
-    return [
-        f"adapter.target_parameters does not go with zero_optimization.stage 3 in {path}, which keeps weights in "
-        "shares; set --deepspeed to a file with stage 0, 1 or 2"
-    ]
+    if adapter.target_parameters:
+        problems.append(
+            f"adapter.target_parameters does not go with zero_optimization.stage 3 in {path}, which keeps weights in "
+            "shares; set --deepspeed to a file with stage 0, 1 or 2"
+        )
+    if kind is not None and kind.whole_weights:
+        problems.append(
+            f"adapter.type {kind.name} needs whole weights, which zero_optimization.stage 3 in {path} keeps in shares; "
+            "set --deepspeed to a file with stage 0, 1 or 2, or adapter.type to lora"
+        )
+    return problems
 
 
 def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> list[str]:
@@ -179,7 +187,12 @@ def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> lis
 def _check_model(config: Config) -> list[str]:
     problems = []
     kind, name, format_ = adapter_kinds().get(config.adapter.type), config.adapter.type, config.model.quantization
-    if kind is not None and kind.needs_plain_base and format_ != "none":
+    if kind is not None and kind.unquantised and format_ != "none":
+        problems.append(
+            f"adapter.type {name} is not there for a base of model.quantization {format_}; set model.quantization to "
+            "none, or adapter.type to lora"
+        )
+    elif kind is not None and kind.needs_plain_base and format_ != "none":
         does = "decomposes" if kind.decomposes else "trains parameters of"
         problems.append(
             f"adapter.type {name} {does} the base, which model.quantization {format_} makes constant and inexact; set "

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,12 +76,17 @@ class Form(Limit):
 class OneOf(Limit):
     """One of `names()`, which are looked up when they are needed."""
 
-    names: Callable[[], Iterable[str]]
+    names: Callable[[], Mapping[str, Any]]
 
     @property
     def words(self) -> str:
-        """All names."""
-        return ", ".join(self.names())
+        """All names, by family where what they name has one."""
+        families: dict[str, list[str]] = {}
+        for name, named in self.names().items():
+            families.setdefault(getattr(named, "family", ""), []).append(name)
+        return "; ".join(
+            f"{family}: {', '.join(members)}" if family else ", ".join(members) for family, members in families.items()
+        )
 
     def allows(self, value: Any) -> bool:
         """Whether `value` is one of the names."""

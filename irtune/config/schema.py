@@ -74,9 +74,9 @@ class AdapterConfig:
     type: Annotated[str, OneOf(adapter_kinds)] = "lora"
     """Kind of adapter."""
     r: Annotated[int, Range(1, MAX_WIDTH)] = 8
-    """Rank of the update; inner width of ltuning-prefix."""
+    """Rank of the update; reflections of hra; inner width of ltuning-prefix."""
     alpha: Annotated[float, Range(0.0, above=True)] = 16.0
-    """Scale of the update: alpha / r for lora."""
+    """Scale of the update: alpha / r for lora; first bound of delora."""
     dropout: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Dropout on the adapter's input during training."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
@@ -85,13 +85,14 @@ class AdapterConfig:
     """Names of weights that get an update of lora or rslora although no linear module holds them, such as those of
     experts: [experts.gate_up_proj, experts.down_proj]. Not under ZeRO 3, and without dropout."""
     size: Annotated[int, Range(1, MAX_WIDTH)] = 256
-    """Inner width of bottleneck and of the network of ltuning-prompt."""
+    """Inner width of bottleneck and of the network of ltuning-prompt; block of oft and road, largest block of c3a;
+    coefficients per module of fourierft and waveft."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation of bottleneck."""
     placement: Literal["serial", "parallel"] = "serial"
     """bottleneck on the output of attention and feed-forward block, or beside the feed-forward block."""
     scale: Annotated[float, Range(0.0, above=True)] = 1.0
-    """Factor of what bottleneck adds."""
+    """Factor of what bottleneck, fourierft or waveft adds."""
     num_tokens: Annotated[int, Range(1, MAX_WIDTH)] = 16
     """Keys and values per attention of prefix and ltuning-prefix; embeddings of prompt."""
     prompt_init: Literal["random", "labels"] = "random"

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from irtune.adapters import load_adapter
 from irtune.config import Config, load_config
 from irtune.config.checks import pools_edits
+from irtune.config.declarations import adapter_kinds
 from irtune.config.schema import RISKS
 from irtune.data import Encoder, Example, padded_lengths
 from irtune.errors import IrtuneError, RunError, brief, one_line
@@ -225,22 +227,30 @@ def check_will_load(model: nn.Module) -> None:
 
 def _check_record(record: dict[str, Any], file: Path) -> None:
     """Raise a RunError for settings of peft that irtune never writes."""
-    usual = {field.name: field for field in dataclasses.fields(LoraConfig)}
-    for name, value in record.items():
-        if name in usual and name not in WRITTEN and value != _default(usual[name]):
-            raise RunError(f"{file} sets {name} to {brief(value)}, which irtune never does")
+    known = {name.upper() for name, kind in adapter_kinds().items() if kind.peft_format}
+    given = record.get("peft_type")
+    if not isinstance(given, str) or given not in known or given not in PeftType.__members__:
+        raise RunError(f"{file} sets peft_type to {brief(given)}, which irtune never does")
+    usual = {field.name: field for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(given)])}
     rules = {
-        "peft_type": lambda value: value == "LORA",
-        "r": lambda value: isinstance(value, int) and 1 <= value <= MAX_RANK,
-        "target_modules": lambda value: (
-            _are_names(value) or (isinstance(value, str) and PATTERN.fullmatch(value) is not None)
-        ),
+        "r": lambda value: isinstance(value, int) and (1 if given == "LORA" else 0) <= value <= MAX_RANK,
+        "target_modules": _are_places,
+        "feedforward_modules": lambda value: value == [] or _are_places(value),
         "target_parameters": lambda value: value is None or _are_names(value),
         "init_lora_weights": lambda value: value in (True, False, "pissa"),
     }
+    for name, value in record.items():
+        number = given != "LORA" and isinstance(value, int | float) and abs(value) <= MAX_RANK
+        if name in usual and name not in {*WRITTEN, *rules} and value != _default(usual[name]) and not number:
+            raise RunError(f"{file} sets {name} to {brief(value)}, which irtune never does")
     for name, accepts in rules.items():
-        if not accepts(record.get(name)):
+        if name in usual and not accepts(record.get(name)):
             raise RunError(f"{file} sets {name} to {brief(record.get(name))}, which irtune never does")
+
+
+def _are_places(value: Any) -> bool:
+    """Whether `value` says which modules have an adapter, as irtune does."""
+    return _are_names(value) or (isinstance(value, str) and PATTERN.fullmatch(value) is not None)
 
 
 def _are_names(value: Any) -> bool:

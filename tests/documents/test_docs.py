@@ -115,7 +115,7 @@ def test_every_key_and_command_that_is_mentioned_exists(file):
 
 def test_every_adapter_type_and_method_is_described():
     text = page("adapters.md") + page("method.md")
-    rows = set(re.findall(r"^\| `?([a-z-]+)`?(?: \(default\))? \|", text, re.MULTILINE))
+    rows = set(re.findall(r"^\| `?([a-z0-9_-]+)`?(?: \(default\))? \|", text, re.MULTILINE))
     missing = {*adapter_kinds(), *methods()} - rows
     assert not missing, f"no row in a table of docs/adapters.md or docs/method.md: {missing}"
 

@@ -61,7 +61,10 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 KIND = AdapterKind(
     name="prompt",
+    family="prefixes and prompts",
     summary="embeddings before the text",
+    source="Lester et al., EMNLP 2021",
+    licence="irtune's own code",
     build=build,
     every_layer=False,
     below=True,

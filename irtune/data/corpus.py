@@ -168,6 +168,8 @@ def _held_out(tables: Tables, data: DataConfig) -> Tables:
 
 def _find_splits(data: DataConfig) -> Tables:
     """Rows of each split with the place they come from, for messages."""
+    if data.path is None:
+        _refuse_config(data, "data.path is not set")
     found: Tables = {}
     for split in SPLITS:
         named = getattr(data, split)
@@ -176,11 +178,7 @@ def _find_splits(data: DataConfig) -> Tables:
     if data.path is not None:
         path = Path(data.path).expanduser()
         if _names_file(path):
-            if data.config is not None:
-                raise DataError(
-                    f"data.config {brief(data.config)} names a part of a folder or hub corpus, but data.path "
-                    f"{redact(data.path)!r} is a file; leave data.config out"
-                )
+            _refuse_config(data, f"data.path {redact(data.path)!r} is a file")
             found = {"train": _read_files([path], data)} | found
         elif path.is_dir():
             for split, files in find_files(path, data.config).items():
@@ -198,6 +196,14 @@ def _find_splits(data: DataConfig) -> Tables:
             raise DataError(f"{data.path or data.train}: no {split} split; expected a file such as {names}, or set "
                             f"data.{split}{more}")  # fmt: skip
     return found
+
+
+def _refuse_config(data: DataConfig, reason: str) -> None:
+    if data.config is not None:
+        raise DataError(
+            f"data.config {brief(data.config)} names a part of a folder or hub corpus, but {reason}; leave data.config "
+            "out"
+        )
 
 
 def _names_file(path: Path) -> bool:

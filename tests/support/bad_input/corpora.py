@@ -218,6 +218,8 @@ PLACES = [
     Case("a device as training file", lambda box: box.on(box.corpus(), "--data.train", "/dev/zero"), "is a pipe or a device, where a file is expected"),
     Case("a configuration of a file", lambda box: box.on(box.lines("all.jsonl", TRAIN), "--data.config=en"),
          "data.config 'en' names a part of a folder or hub corpus, but data.path ... is a file; leave data.config out"),
+    Case("a configuration beside data.train alone", lambda box: box.train("--data.path=null", f"--data.train={box.lines('a.jsonl', TRAIN)}", "--data.config=en"),
+         "data.config 'en' names a part of a folder or hub corpus, but data.path is not set; leave data.config out"),
     Case("a configuration that is not there", rows(TRAIN, "--data.config=en"), "has no configuration 'en' (data.config); it has none; leave data.config out"),
     Case("a shard that is missing", missing_shard, "1 of 2 shards train-*-of-00002 are there; number 0 is missing"),
     Case("a saved folder that leads out of itself", saved_outside, "leads out of its folder, to ..."),

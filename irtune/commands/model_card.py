@@ -15,14 +15,51 @@ PAIRS = (("He go to school every day.", "He goes to school every day."), ("", "A
 FOLDER = "THIS_FOLDER"  # stands for the export's own folder in the code
 
 
+CARD = """\
+---
+base_model: {base}
+library_name: {library}
+pipeline_tag: text-classification
+tags: [irtune, text-revision]
+---
+
+# {name}
+
+{what} ({adapter}) of {base}, trained with irtune {version}: method {method}, {steps} steps, on average \
+{average:.1f} of {layers} layers per step. Layers ever trained: {ever}.
+
+{heading}: {classes}.
+
+## Data
+
+{data}: {texts}, at most {length} tokens, {prompt}.{pooling}
+
+## Metrics
+
+| split | examples | {metrics} |
+| {line}
+{rows}
+
+## Use
+
+On the command line: `python -m irtune predict --run {folder} --input new.csv --output labelled.csv`. In Python:
+
+{fence}python
+{code}
+{fence}
+
+## Licence
+
+That of the base model and of the corpus; irtune itself is Apache-2.0.
+"""
+
+
 def model_card(
     config: Config, results: dict[str, Any], encoder: Encoder, *, merged: bool, padding_side: str = "right"
 ) -> str:
     """The text of README.md. padding_side: where the model wants its padding, right or left."""
-    labels = list(results["dev"]["per_class"])
-    pooled = config.model.pooling != "class"
-    task = task_of(config.data)
-    base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format and not pooled
+    labels, data, pooled = list(results["dev"]["per_class"]), config.data, config.model.pooling != "class"
+    task, peft = task_of(data), adapter_kinds()[config.adapter.type].peft_format and not pooled
     if task.name != "single_label":
         code = _irtune_code(config)
     elif pooled and merged and encoder.marks_edits:
@@ -31,58 +68,38 @@ def model_card(
         code = _transformers_code(config, labels, encoder, merged=merged, padding_side=padding_side)
     else:
         code = _irtune_code(config)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     rows = [
         f"| {split} | {values['examples']} | " + " | ".join(f"{values[name]:.3f}" for name in task.headline) + " |"
         for split, values in results.items()
         if split in ("dev", "test")
     ]
     ever = [str(layer) for layer, steps in enumerate(results["steps_per_layer"]) if steps]
-    prompt = "a template of its own" if config.data.template is not None else f"prompt `{config.data.prompt}`"
-    return "\n".join([
-        "---",
-        f"base_model: {base}",
-        f"library_name: {'transformers' if merged else 'peft' if peft else 'irtune'}",
-        "pipeline_tag: text-classification",
-        "tags: [irtune, text-revision]",
-        "---",
-        "",
-        f"# {Path(config.run.output_dir).name}",
-        "",
-        f"{'Merged model' if merged else 'Adapter'} ({config.adapter.type}) of {base}, trained with irtune "
-        f"{results['versions']['irtune']}: method {config.tuning.method}, {results['steps']} steps, on average "
-        f"{results['layers_trained_per_step']:.1f} of {results['num_layers']} layers per step. Layers ever trained: "
-        f"{', '.join(ever) or 'none'}.",
-        "",
-        f"{task.heading}: {', '.join(labels)}.",
-        "",
-        "## Data",
-        "",
-        f"{config.data.preset or Path(config.data.path or config.data.train or '').name}: "
-        f"{'pairs of texts before and after a revision' if config.data.after else 'single texts'}, at most "
-        f"{config.data.max_length} tokens, {prompt}."
-        + (f" The class is read by pooling `{config.model.pooling}`." if pooled else ""),
-        "",
-        "## Metrics",
-        "",
-        f"| split | examples | {' | '.join(task.headline.values())} |",
-        "| --- " * (2 + len(task.headline)) + "|",
-        *rows,
-        "",
-        "## Use",
-        "",
-        f"On the command line: `python -m irtune predict --run {FOLDER} --input new.csv --output labelled.csv`. In "
-        "Python:",
-        "",
-        f"{fence}python",
-        code,
-        fence,
-        "",
-        "## Licence",
-        "",
-        "That of the base model and of the corpus; irtune itself is Apache-2.0.",
-        "",
-    ])  # fmt: skip
+    return CARD.format(
+        base=config.model.name_or_path,
+        library="transformers" if merged else "peft" if peft else "irtune",
+        name=Path(config.run.output_dir).name,
+        what="Merged model" if merged else "Adapter",
+        adapter=config.adapter.type,
+        version=results["versions"]["irtune"],
+        method=config.tuning.method,
+        steps=results["steps"],
+        average=results["layers_trained_per_step"],
+        layers=results["num_layers"],
+        ever=", ".join(ever) or "none",
+        heading=task.heading,
+        classes=", ".join(labels),
+        data=data.preset or Path(data.path or data.train or "").name,
+        texts="pairs of texts before and after a revision" if data.after else "single texts",
+        length=data.max_length,
+        prompt="a template of its own" if data.template is not None else f"prompt `{data.prompt}`",
+        pooling=f" The class is read by pooling `{config.model.pooling}`." if pooled else "",
+        metrics=" | ".join(task.headline.values()),
+        line="--- |" + " --- |" * (1 + len(task.headline)),
+        rows="\n".join(rows),
+        folder=FOLDER,
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0)),
+        code=code,
+    )
 
 
 def _is_simple(encoder: Encoder) -> bool:

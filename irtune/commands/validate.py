@@ -1,11 +1,10 @@
 """`python -m irtune validate`: every error of a configuration at once, and what the model would see."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import logging as transformers_logging
 
 from irtune.adapters.build import add_adapters
 from irtune.adapters.guard import check_length, watch
@@ -16,7 +15,8 @@ from irtune.config.checks import pools_edits
 from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.config.warmup import warmup_length
-from irtune.data import Corpus, Encoder, build_sampler, read_corpus, read_synonyms, total_steps
+from irtune.console import quiet_transformers
+from irtune.data import BatchSampler, Corpus, Encoded, Encoder, build_sampler, read_corpus, read_synonyms, total_steps
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.engine.losses import class_weights
@@ -53,46 +53,35 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run on some ranks would read, for `config` with its accumulation steps."""
+
+    config: Config
+    settings: dict[str, Any]
+    corpus: Corpus
+    tokenizer: Any
+    encoded: Encoded
+    sampler: BatchSampler
+
+
 def validate(config: Config, ranks: int) -> dict[str, Any]:
     """What a run on `ranks` ranks would do, in plain JSON types.
 
     Raises:
         ConfigError: with the errors of engine settings, corpus and tokenizer together.
     """
-    problems: list[str] = []
-    settings, engine_problems = read_engine_json(config, ranks)
-    problems += engine_problems + unknown_zero_keys(settings)
-    config = with_accumulation(config, ranks)
-    corpus = _tried(lambda: read_corpus(config.data), problems)
-    if corpus:
-        _tried(lambda: class_weights(config.optim, corpus.labels), problems)
-    if config.data.synonyms is not None:
-        _tried(lambda: read_synonyms(Path(str(config.data.synonyms)).expanduser()), problems)
-    tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
-    encoder = encoded = sampler = None
-    if tokenizer:
-        _tried(lambda: check_pooling(config.model, tokenizer), problems)
-    if corpus and tokenizer:
-        edits = pools_edits(config.model)
-        encoder = _tried(lambda: Encoder(tokenizer, config.data, corpus.labels, edits=edits), problems)
-    if corpus and encoder:
-        encoded = _tried(lambda: encoder.encode_corpus(corpus), problems)
-    if encoded:
-        micro_batches = ranks * config.optim.gradient_accumulation_steps
-        sampler = _tried(lambda: build_sampler(encoded["train"], config, micro_batches), problems)
-    if corpus and encoded and not problems:
-        _tried(lambda: _check_model(config, corpus, encoded), problems)
-    if problems or not (corpus and tokenizer and encoded and sampler):
-        raise ConfigError(problems)
+    inputs = _read(config, ranks)
+    config, corpus, sampler = inputs.config, inputs.corpus, inputs.sampler
     steps, lengths = total_steps(config.optim, sampler), sampler.lengths
     device = read_world().device
     memory = estimate_memory(
-        config, settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels
+        config, inputs.settings, ranks, device_memory_bytes(device), device=device.type, labels=corpus.labels
     )
     short = memory and shortage(memory)
-    full = [length >= config.data.max_length for length in lengths]
+    at_limit = sum(length >= config.data.max_length for length in lengths)
     return {
-        "warnings": _warnings(corpus, sum(full), steps, config) + ([short] if short else []),
+        "warnings": _warnings(corpus, at_limit, steps, config) + ([short] if short else []),
         "examples": {split: len(rows) for split, rows in corpus.splits.items()},
         "labels": dict(_label_counts(corpus)),
         "batch": {
@@ -106,7 +95,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
         },
         "memory_plan": memory and describe(memory),
         "planned_memory_bytes": memory and memory.estimate.total,
-        "zero_stage": settings["zero_optimization"]["stage"],
+        "zero_stage": inputs.settings["zero_optimization"]["stage"],
         "method": config.tuning.method,
         "adapter": config.adapter.type,
         "tokens": {"mean": sum(lengths) / len(lengths), "longest": max(lengths), "max_length": config.data.max_length},
@@ -116,11 +105,43 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
                 "label": corpus.task.shown(example.label, corpus.labels),
                 "tokens": len(item["input_ids"]),
                 "edit_tokens": sum(item["edit_mask"]) if "edit_mask" in item else None,
-                "text": tokenizer.decode(item["input_ids"]),
+                "text": inputs.tokenizer.decode(item["input_ids"]),
             }
-            for example, item in zip(corpus.splits["train"][:SHOWN], encoded["train"])
+            for example, item in zip(corpus.splits["train"][:SHOWN], inputs.encoded["train"])
         ],
     }
+
+
+def _read(config: Config, ranks: int) -> _Inputs:
+    """Read all that can be read, and try the model where nothing is wrong so far."""
+    settings, problems = read_engine_json(config, ranks)
+    problems += unknown_zero_keys(settings)
+    config = with_accumulation(config, ranks)
+
+    def tried(build: Callable[..., Any], *needed: Any) -> Any:
+        """What `build` makes of what it needs; None, with the reason in `problems`, where it cannot or some lacks."""
+        try:
+            return None if any(item is None for item in needed) else build(*needed)
+        except IrtuneError as error:
+            problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
+            return None
+
+    corpus = tried(lambda: read_corpus(config.data))
+    tried(lambda corpus: class_weights(config.optim, corpus.labels), corpus)
+    if config.data.synonyms is not None:
+        tried(lambda: read_synonyms(Path(str(config.data.synonyms)).expanduser()))
+    tokenizer = tried(lambda: load_tokenizer(config.model))
+    tried(lambda tokenizer: check_pooling(config.model, tokenizer), tokenizer)
+    edits = pools_edits(config.model)
+    encoder = tried(lambda c, t: Encoder(t, config.data, c.labels, edits=edits), corpus, tokenizer)
+    encoded = tried(lambda corpus, encoder: encoder.encode_corpus(corpus), corpus, encoder)
+    micro_batches = ranks * config.optim.gradient_accumulation_steps
+    sampler = tried(lambda encoded: build_sampler(encoded["train"], config, micro_batches), encoded)
+    if not problems:
+        tried(lambda: _check_model(config, corpus, encoded))
+    if problems:
+        raise ConfigError(problems)
+    return _Inputs(config, settings, corpus, tokenizer, encoded, sampler)
 
 
 def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> None:
@@ -129,8 +150,7 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     Raises:
         ConfigError, ModelError, RunError: for what a run would be refused for.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     classifier = load_classifier(config.model, corpus.labels, problem_type=corpus.task.problem_type)
     check_length(config, classifier)
     check_tokens(classifier, encoded.values())
@@ -141,14 +161,6 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     check_will_load(model)
     if config.model.start_from is not None:
         start_from(config.model.start_from, model, table, config.adapter, corpus.labels)
-
-
-def _tried(build: Any, problems: list[str]) -> Any:
-    try:
-        return build()
-    except IrtuneError as error:
-        problems += error.problems if isinstance(error, ConfigError) else [str(error)]
-        return None
 
 
 def _label_counts(corpus: Corpus) -> Counter[str]:

@@ -101,28 +101,20 @@ def estimate(
         zero: the section zero_optimization of the DeepSpeed file: sizes of buckets, offload.
         process: bytes of the process before the model is loaded, for a run on a CPU.
     """
-    zero = zero or {}
+    groups = [parts.layers[layer] for layer in parts.selected if parts.layers[layer]] + [parts.head]
+    every = [layer for layer in parts.layers if layer] + [parts.head]
+    job = _Job(parts, config, stage, quantization, world, zero or {}, sum(map(sum, groups)), sum(map(sum, every)))
     on_cpu = parts.device == "cpu"
     share = world if stage == 3 else 1
     loaded = share if quantization == "none" else 1  # a quantised base is divided when it has been read whole
-    groups = [parts.layers[layer] for layer in parts.selected if parts.layers[layer]] + [parts.head]
-    every = [layer for layer in parts.layers if layer] + [parts.head]
-    trained, adapted = sum(map(sum, groups)), sum(map(sum, every))
-    gradients = trained * parts.trained_bytes // (world if stage >= 2 else 1)
+    base, adapters = base_bytes(parts, quantization, share), job.adapted * parts.trained_bytes // share
+    gradients = job.trained * parts.trained_bytes // (world if stage >= 2 else 1)
     optimizer = state_bytes(groups, stage, world, parts.trained_bytes)
     full = state_bytes(every, stage, world, parts.trained_bytes)
-    base, adapters = base_bytes(parts, quantization, share), adapted * parts.trained_bytes // share
-    buckets = _buckets(parts, zero, stage, trained)
-    buffers = buckets + _gathered(parts, zero, stage, quantization, world)
+    buffers = job.buckets() + job.gathered()
     parked = full - optimizer if config.tuning.deselected_state == "offload" else 0
-    moved = 0  # to host memory
-    if not on_cpu and "offload_optimizer" in zero:
-        moved += optimizer + gradients
-    if not on_cpu and stage == 3 and "offload_param" in zero:
-        moved += base + adapters
-    # ZeRO 1 and 2 copy gradients to fp32 for the update, when activations are gone. Evaluation has no gradients at all.
-    update = 4 * trained // world if stage in (1, 2) else 0
-    activations = max(parts.peak, parts.scoring, parts.evaluation - gradients - buckets, update)
+    moved = 0 if on_cpu else job.moved(optimizer + gradients, base + adapters)
+    activations = job.activations(gradients)
     total = process + base + adapters + gradients + optimizer + buffers + activations + (parked if on_cpu else -moved)
     room = None if memory is None else memory - (0 if on_cpu else RESERVE) - total
     largest = None
@@ -141,7 +133,7 @@ def estimate(
         activations=activations,
         parked=parked,
         host=total - process if on_cpu else parked + moved + base_bytes(parts, quantization, loaded),
-        sent_per_step=_sent(parts, config, zero, stage, quantization, world, trained, adapted),
+        sent_per_step=job.sent(),
         total=total,
         memory=None if memory is None else int(memory),
         fits=None if room is None else room >= 0,
@@ -149,49 +141,69 @@ def estimate(
     )
 
 
-def _buckets(parts: Parts, zero: Mapping[str, Any], stage: int, trained: int) -> int:
-    """What DeepSpeed collects gradients in."""
-    if not stage or not zero.get("contiguous_gradients", True):
-        return 0
-    bucket = int(zero.get("reduce_bucket_size", BUCKET))
-    if parts.device == "cpu":  # a page that is never written is never there
-        bucket = min(bucket, trained)
-    twice = stage < 3 and zero.get("overlap_comm", False)
-    return bucket * parts.trained_bytes * (2 if twice else 1)
+@dataclass(frozen=True)
+class _Job:
+    """What the parts of an estimate depend on, as `estimate` takes it."""
 
+    parts: Parts
+    config: Config
+    stage: int
+    quantization: str
+    world: int
+    zero: Mapping[str, Any]
+    trained: int  # elements that train at a time
+    adapted: int  # elements of all adapters and the head
 
-def _gathered(parts: Parts, zero: Mapping[str, Any], stage: int, quantization: str, world: int) -> int:
-    """Weights that are whole or floating-point for a while, and the workspaces of the products."""
-    total = 0 if parts.device == "cpu" else WORKSPACES
-    if quantization != "none" and parts.linear:  # one weight at a time
-        total += max(parts.linear) * parts.weight_bytes
-    if stage == 3 and world > 1:  # weights in use or soon to be used again, and a copy of those that come next
-        live, ahead = zero.get("stage3_max_live_parameters", LIVE), zero.get("stage3_prefetch_bucket_size", PREFETCHED)
-        elements = parts.constant + sum(map(sum, parts.layers))
-        width = base_bytes(parts, quantization) / max(1, parts.constant)
-        total += int((min(int(live), elements) + min(int(ahead), elements)) * width)
-    return total
+    def buckets(self) -> int:
+        """What DeepSpeed collects gradients in."""
+        if not self.stage or not self.zero.get("contiguous_gradients", True):
+            return 0
+        bucket = int(self.zero.get("reduce_bucket_size", BUCKET))
+        if self.parts.device == "cpu":  # a page that is never written is never there
+            bucket = min(bucket, self.trained)
+        twice = self.stage < 3 and self.zero.get("overlap_comm", False)
+        return bucket * self.parts.trained_bytes * (2 if twice else 1)
 
+    def gathered(self) -> int:
+        """Weights that are whole or floating-point for a while, and the workspaces of the products."""
+        parts, zero = self.parts, self.zero
+        total = 0 if parts.device == "cpu" else WORKSPACES
+        if self.quantization != "none" and parts.linear:  # one weight at a time
+            total += max(parts.linear) * parts.weight_bytes
+        if self.stage == 3 and self.world > 1:  # weights in use or soon used again, and a copy of those that come next
+            live = int(zero.get("stage3_max_live_parameters", LIVE))
+            ahead = int(zero.get("stage3_prefetch_bucket_size", PREFETCHED))
+            elements = parts.constant + sum(map(sum, parts.layers))
+            width = base_bytes(parts, self.quantization) / max(1, parts.constant)
+            total += int((min(live, elements) + min(ahead, elements)) * width)
+        return total
 
-def _sent(
-    parts: Parts,
-    config: Config,
-    zero: Mapping[str, Any],
-    stage: int,
-    quantization: str,
-    world: int,
-    trained: int,
-    adapted: int,
-) -> int:
-    """Bytes that a rank sends in an optimizer step, by ring algorithms (tests/test_traffic.py counts them)."""
-    ring = (world - 1) / world
-    gradients = ring * trained * parts.trained_bytes
-    # DeepSpeed's stages 1 and 2 all-reduce a bucket, unless they are set to reduce each rank's part to it.
-    whole = stage == 0 or (stage in (1, 2) and zero.get("use_multi_rank_bucket_allreduce", True))
-    sent = gradients * (2 if whole else 1)  # all-reduce, or reduce-scatter
-    if stage in (1, 2):
-        sent += gradients  # all-gather of what was updated
-    if stage == 3:
-        passes = 2 * config.optim.gradient_accumulation_steps
-        sent += passes * ring * (base_bytes(parts, quantization) + adapted * parts.trained_bytes)
-    return int(sent) + 8 * len(parts.layers)  # the scores
+    def moved(self, state: int, weights: int) -> int:
+        """Bytes of training `state` and `weights` that are in host memory instead of a GPU's."""
+        moved = state if "offload_optimizer" in self.zero else 0
+        return moved + (weights if self.stage == 3 and "offload_param" in self.zero else 0)
+
+    def activations(self, gradients: int) -> int:
+        """Of the largest step; evaluation, which has no `gradients`, and the update, which has no activations."""
+        # ZeRO 1 and 2 copy gradients to fp32 for the update.
+        update = 4 * self.trained // self.world if self.stage in (1, 2) else 0
+        parts = self.parts
+        return max(parts.peak, parts.scoring, parts.evaluation - gradients - self.buckets(), update)
+
+    def sent(self) -> int:
+        """Bytes that a rank sends in an optimizer step, by ring algorithms (tests/jobs/test_traffic.py counts them)."""
+        ring = (self.world - 1) / self.world
+        gradients = ring * self.trained * self.parts.trained_bytes
+        # DeepSpeed's stages 1 and 2 all-reduce a bucket, unless they are set to reduce each rank's part to it.
+        divided = self.stage in (1, 2)
+        whole = self.stage == 0 or (divided and self.zero.get("use_multi_rank_bucket_allreduce", True))
+        sent = gradients * (2 if whole else 1)  # all-reduce, or reduce-scatter
+        if divided:
+            sent += gradients  # all-gather of what was updated
+        if self.stage == 3:
+            passes, adapters = (
+                2 * self.config.optim.gradient_accumulation_steps,
+                self.adapted * self.parts.trained_bytes,
+            )
+            sent += passes * ring * (base_bytes(self.parts, self.quantization) + adapters)
+        return int(sent) + 8 * len(self.parts.layers)  # the scores

@@ -4,14 +4,12 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-STATM = Path("/proc/self/statm")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -33,10 +31,8 @@ def peak_host_memory_bytes() -> int:
 
 
 def host_memory_bytes() -> int:
-    """Resident host memory of this process now; its peak so far where the system does not tell."""
-    if not STATM.exists():
-        return peak_host_memory_bytes()
-    return int(STATM.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    """Resident host memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class LiveTensors(TorchDispatchMode):

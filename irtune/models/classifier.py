@@ -69,14 +69,7 @@ def load_classifier(
     name, source = str(Path(config.name_or_path).expanduser()), find_source(config)
     tokenizer = load_tokenizer(config)
     check_pooling(config, tokenizer)
-    settings = _load(AutoConfig, source, "configuration", trust_remote_code=config.trust_remote_code)
-    before = set_labels(settings, labels, problem_type)
-    _refuse(source, settings)
-    _check_padding_token(source, tokenizer, settings)
-    check_files(Path(source), config.allow_pickle)
-    for part in {id(part): part for part in (settings, settings.get_text_config())}.values():
-        part.pad_token_id = tokenizer.pad_token_id
-        part.use_cache = False
+    settings, before = _settings(config, source, tokenizer, labels, problem_type)
     dtype = DTYPES[config.dtype]
     skeleton = _skeleton(config, settings)
     obstacle = _sharding_obstacle(skeleton, Path(source)) if sharded is not None else None
@@ -103,19 +96,36 @@ def load_classifier(
     suit_pooling(model, tokenizer)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name
+    random = _random(info)
     anatomy = _checked_anatomy(source, model, info)
+    heads = [model.get_submodule(part) for part in anatomy.head]
     if sharded is not None:
-        make_whole([model.get_submodule(name) for name in anatomy.head])
-    if (
-        config.pooling == "class"
-        and before != list(labels)
-        and not _random(info)
-        >= {f"{part}.{name}" for part in anatomy.head for name, _ in model.get_submodule(part).named_parameters()}
-    ):
+        make_whole(heads)
+    trained = {f"{part}.{name}" for part, head in zip(anatomy.head, heads) for name, _ in head.named_parameters()}
+    if config.pooling == "class" and before != list(labels) and not random >= trained:
         one_more = copy.deepcopy(settings)
         one_more.id2label = dict(enumerate([*labels, ""]))
-        fit_head(model, anatomy, _skeleton(config, one_more), before, labels, _random(info))
+        fit_head(model, anatomy, _skeleton(config, one_more), before, labels, random)
     return Classifier(model, tokenizer, anatomy)
+
+
+def _settings(
+    config: ModelConfig, source: str, tokenizer: PreTrainedTokenizerBase, labels: list[str], problem_type: str
+) -> tuple[PretrainedConfig, list[str]]:
+    """The model's config.json with the labels, and the names that the head's rows had before.
+
+    Raises:
+        ModelError: for kinds of models that cannot be trained here, and files that cannot be read.
+    """
+    settings = load_settings(config)
+    before = set_labels(settings, labels, problem_type)
+    _refuse(source, settings)
+    _check_padding_token(source, tokenizer, settings)
+    check_files(Path(source), config.allow_pickle)
+    for part in (settings, settings.get_text_config()):
+        part.pad_token_id = tokenizer.pad_token_id
+        part.use_cache = False
+    return settings, before
 
 
 def _refuse(source: str, settings: PretrainedConfig) -> None:

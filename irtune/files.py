@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from irtune.errors import OutputError
+from irtune.errors import IrtuneError, OutputError, one_line
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
@@ -20,6 +20,34 @@ def fingerprint(file: Path) -> dict[str, Any]:
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256")
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def read_text(file: Path, most: int) -> str:
+    """The UTF-8 text of a file of at most `most` bytes, without a byte-order mark. An endless one is not read on.
+
+    Raises:
+        OSError, ValueError: when it cannot be read, is larger, or is not UTF-8 (UnicodeDecodeError).
+    """
+    with file.open("rb") as source:
+        content = source.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return content.decode("utf-8-sig")
+
+
+def read_object(file: Path, most: int, error: type[IrtuneError]) -> dict[str, Any]:
+    """The JSON object of a file of at most `most` bytes.
+
+    Raises:
+        `error`: when it is missing, damaged or larger.
+    """
+    try:
+        found = json.loads(read_text(file, most))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{file} cannot be read: {one_line(problem)}") from problem
+    if not isinstance(found, dict):
+        raise error(f"{file} is damaged: it holds a {type(found).__name__}, not an object")
+    return found
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ from PIL import Image
 
 from irtune.commands.common import a_path, add_json, parser, show, show_json, table
 from irtune.errors import RunError, brief
-from irtune.files import replacing, writing
+from irtune.files import read_object, replacing, writing
 from irtune.tracking.pictures import arrays, rgb, row, score_map, trained_map
 
 BAR = 24
 MAX_LAYERS = 10_000
+MAX_RESULTS = 2**26  # bytes of results.json
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,14 +69,9 @@ def read_selections(folder: Path) -> list[dict[str, Any]]:
 
 def _results(file: Path) -> dict[str, Any]:
     """The content of results.json; nothing where there is none yet."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("steps"), int):
-        raise RunError(f"{file} is damaged: it is not a JSON object with steps")
+    found = read_object(file, MAX_RESULTS, RunError) if file.is_file() else {}
+    if found and not isinstance(found.get("steps"), int):
+        raise RunError(f"{file} is damaged: it has no steps")
     return found
 
 

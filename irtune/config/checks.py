@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from irtune.config.declarations import Declaration, adapter_kinds, methods
-from irtune.config.schema import AdapterConfig, Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
+from irtune.config.schema import Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
 from irtune.config.tasks import task_problems
 from irtune.config.template import template_problems
 
@@ -131,57 +131,44 @@ def _matches(config: Config, key: str, value: Any) -> bool:
     return value_of(config, key) != value_of(Config(), key) if value is ... else value_of(config, key) == value
 
 
-def check_compile(config: Config, zero: dict[str, Any], path: object) -> list[str]:
-    """Problems of model.compile with the base and the zero_optimization section of the DeepSpeed file `path`."""
-    if not config.model.compile:
-        return []
-    problems = []
-    if zero["stage"] == 3:
+def check_engine(config: Config, zero: dict[str, Any], path: object) -> list[str]:
+    """Problems of `config` with the zero_optimization section of the DeepSpeed file `path`."""
+    format_, problems = config.model.quantization, []
+    is_3, lower = zero["stage"] == 3, "--deepspeed to a file with stage 0, 1 or 2"
+    if format_ == "int8" and is_3:
+        problems.append(
+            f"model.quantization int8 does not go with zero_optimization.stage 3 in {path}: every rank would keep the "
+            f"whole base; set model.quantization to nf4, or {lower}"
+        )
+    if format_ == "nf4" and is_3:
+        problems += [
+            f"{path}: zero_optimization.{key} would round the packed weights of model.quantization nf4, whose bits are "
+            "not numbers; remove it"
+            for key in ROUNDING
+            if zero.get(key)
+        ]
+    if config.model.compile and is_3:
         problems.append(
             f"model.compile does not go with zero_optimization.stage 3 in {path}, whose hooks gather weights inside "
-            "every layer; set model.compile to false, or --deepspeed to a file with stage 0, 1 or 2"
+            f"every layer; set model.compile to false, or {lower}"
         )
-    if config.model.quantization != "none":
+    if config.model.compile and format_ != "none":
         problems.append(
-            f"model.compile does not go with model.quantization {config.model.quantization}, whose products cannot be "
-            "compiled; set one of the two back"
+            f"model.compile does not go with model.quantization {format_}, whose products cannot be compiled; set one "
+            "of the two back"
         )
-    return problems
-
-
-def check_adapter_sharding(adapter: AdapterConfig, zero: dict[str, Any], path: object) -> list[str]:
-    """Problems of adapters with the zero_optimization section of the DeepSpeed file `path`."""
-    kind, problems = adapter_kinds().get(adapter.type), []
-    if zero["stage"] != 3:
-        return []
-    if adapter.target_parameters:
+    if config.adapter.target_parameters and is_3:
         problems.append(
             f"adapter.target_parameters does not go with zero_optimization.stage 3 in {path}, which keeps weights in "
-            "shares; set --deepspeed to a file with stage 0, 1 or 2"
+            f"shares; set {lower}"
         )
-    if kind is not None and kind.whole_weights:
+    kind = adapter_kinds().get(config.adapter.type)
+    if kind is not None and kind.whole_weights and is_3:
         problems.append(
             f"adapter.type {kind.name} needs whole weights, which zero_optimization.stage 3 in {path} keeps in shares; "
-            "set --deepspeed to a file with stage 0, 1 or 2, or adapter.type to lora"
+            f"set {lower}, or adapter.type to lora"
         )
     return problems
-
-
-def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> list[str]:
-    """Problems of a quantised base with the zero_optimization section of the DeepSpeed file `path`."""
-    if quantization == "none" or zero["stage"] != 3:
-        return []
-    if quantization == "int8":
-        return [
-            f"model.quantization int8 does not go with zero_optimization.stage 3 in {path}: every rank would keep the "
-            "whole base; set model.quantization to nf4, or --deepspeed to a file with stage 0, 1 or 2"
-        ]
-    return [
-        f"{path}: zero_optimization.{key} would round the packed weights of model.quantization nf4, whose bits are not "
-        "numbers; remove it"
-        for key in ROUNDING
-        if zero.get(key)
-    ]
 
 
 def _check_model(config: Config) -> list[str]:

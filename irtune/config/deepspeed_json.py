@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from irtune.config.batch_size import accumulation, with_accumulation
-from irtune.config.checks import check_adapter_sharding, check_compile, check_sharding
+from irtune.config.checks import check_engine
 from irtune.config.schema import Config
 from irtune.errors import brief
+from irtune.files import read_text
 
 # Decided by the recipe, so the JSON must not hold them at all.
 RECIPE_ONLY = {
@@ -51,7 +52,7 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
     if path is None:
         return {}, [f"deepspeed: there is no file {config.deepspeed!r}"]
     try:
-        settings = _parse(path)
+        settings = json.loads(read_text(path, MAX_BYTES), object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as error:
         return {}, [f"deepspeed: {path} is not valid JSON: {str(error)[:300]}"]
     if not isinstance(settings, dict):
@@ -76,28 +77,13 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
     stage = settings["zero_optimization"].setdefault("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {brief(stage)}; accepted: 0, 1, 2, 3")
-    problems += check_sharding(config.model.quantization, settings["zero_optimization"], path)
-    problems += check_compile(config, settings["zero_optimization"], path)
-    problems += check_adapter_sharding(config.adapter, settings["zero_optimization"], path)
+    problems += check_engine(config, settings["zero_optimization"], path)
     # The optimizer is torch's AdamW: ZeRO must accept it, and offload must not insist on DeepSpeed's own.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     # DeepSpeed's own throughput would wait for the GPU twice per micro-batch; nobody would see it.
     settings["timers"] = {"throughput": {"enabled": False}}
     settings.setdefault("steps_per_print", 2**31)
     return settings, problems
-
-
-def _parse(path: Path) -> Any:
-    """The JSON of a file.
-
-    Raises:
-        OSError, ValueError, RecursionError: for a file that is not JSON, has a key twice, or is far too large.
-    """
-    with path.open("rb") as source:
-        content = source.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes")
-    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

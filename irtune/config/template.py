@@ -4,6 +4,8 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
+from irtune.files import read_text
+
 MAX_CHARACTERS = 20_000
 
 
@@ -18,9 +20,7 @@ def read_template(value: str) -> tuple[str, list[str]]:
         path = Path(value).expanduser()
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ValueError("it is not a file")
-        with path.open("rb") as file:
-            content = file.read(4 * MAX_CHARACTERS + 1)
-        text = content.decode("utf-8-sig")
+        text = read_text(path, 4 * MAX_CHARACTERS)
     except (OSError, RuntimeError, ValueError) as error:
         reason = (
             "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or error

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from irtune.errors import one_line
+from irtune.files import read_text
 
 MAX_BYTES = 2**18  # recipes have some 2,000; PyYAML reads about 100,000 a second
 MAX_VALUES = 20_000  # with every alias written out; a long text counts as one for each 256 characters
@@ -14,11 +15,7 @@ MAX_VALUES = 20_000  # with every alias written out; a long text counts as one f
 def read_recipe(file: str, problems: list[str]) -> Any:
     """The content of a YAML file in plain types; {} and a sentence in `problems` when it cannot be used."""
     try:
-        with Path(file).expanduser().open("rb") as source:
-            content = source.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
-        text = content.decode("utf-8-sig")
+        text = read_text(Path(file).expanduser(), MAX_BYTES)
     except UnicodeDecodeError as error:
         problems.append(f"{file!r} is not valid YAML: byte {error.start} is not UTF-8; save the file as UTF-8")
     except OSError as error:

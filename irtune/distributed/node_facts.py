@@ -86,24 +86,20 @@ def digest(value: Any) -> str:
 
 def unequal_versions(facts: Sequence[NodeFacts]) -> list[str]:
     """A sentence per package that is not the same everywhere."""
-    names = list(dict.fromkeys(name for one in facts for name in one.versions))
-    return [
-        f"{name} is {said}; install the same requirements on every node"
-        for name in names
-        if (said := _by_value(facts, [one.versions.get(name, "missing") for one in facts])) is not None
-    ]
+    return _unequal(facts, [one.versions for one in facts], "install the same requirements on every node")
 
 
 def unequal_options(facts: Sequence[NodeFacts]) -> list[str]:
     """A sentence per option that is not the same everywhere; `facts` must carry them."""
-    names = list(dict.fromkeys(name for one in facts for name in one.options))
-    found = [
-        f"{name} is {said}; give the same recipe and options on every node"
-        for name in names
-        if (said := _by_value(facts, [one.options.get(name, "missing") for one in facts])) is not None
-    ]
+    found = _unequal(facts, [one.options for one in facts], "give the same recipe and options on every node")
     more = len(found) - LISTED
     return found if more <= 0 else [*found[:LISTED], f"{more} other options differ between nodes as well"]
+
+
+def _unequal(facts: Sequence[NodeFacts], values: Sequence[Mapping[str, str]], advice: str) -> list[str]:
+    names = dict.fromkeys(name for each in values for name in each)
+    said = {name: _by_value(facts, [each.get(name, "missing") for each in values]) for name in names}
+    return [f"{name} is {text}; {advice}" for name, text in said.items() if text is not None]
 
 
 def _by_value(facts: Sequence[NodeFacts], values: Sequence[str]) -> str | None:

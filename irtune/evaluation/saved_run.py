@@ -4,7 +4,6 @@ A folder may come from somebody else. Nothing in it is executed, and none of its
 """
 
 import dataclasses
-import json
 import re
 import tempfile
 from collections.abc import Collection, Sequence
@@ -17,6 +16,7 @@ from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from irtune import files
 from irtune.adapters import load_adapter
 from irtune.config import Config, load_config
 from irtune.config.checks import pools_edits
@@ -65,15 +65,7 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         RunError: when it is missing, damaged or endless.
     """
-    try:
-        if file.stat().st_size > MAX_JSON:
-            raise RunError(f"{file} has more than {MAX_JSON // 2**20} MiB, and is not a file of irtune")
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file} cannot be read: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{file} is damaged: it holds a {type(found).__name__}, not an object")
-    return found
+    return files.read_object(file, MAX_JSON, RunError)
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

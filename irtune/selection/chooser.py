@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from irtune.config.schema import TuningConfig
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -47,12 +49,19 @@ class Chooser(abc.ABC):
     """Chooses the layers to train. Ranks agree because they see the same observations and the same seed."""
 
     needs_scores = False
+    bad_in_a_row = 0  # selections whose scores were not finite
 
-    def __init__(self, num_layers: int, interval: int, seed: int):
-        """Choose among `num_layers` layers, every `interval` optimizer steps (0: only once, at the start)."""
-        self.num_layers = num_layers
-        self.interval = interval
-        self.seed = seed
+    def __init__(self, num_layers: int, interval: int = 10, seed: int = 0, *, count: int = 1):
+        """Choose `count` of `num_layers` layers, every `interval` optimizer steps (0: only once, at the start).
+
+        Choosers whose number of layers is not fixed do not look at `count`.
+        """
+        self.num_layers, self.interval, self.seed, self.count = num_layers, interval, seed, count
+
+    @classmethod
+    def from_config(cls, tuning: TuningConfig, candidates: Candidates) -> "Chooser":
+        """What most methods declare as theirs: a chooser that takes nothing else than its constructor here."""
+        return cls(candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count)
 
     def first(self) -> list[int] | None:
         """Layers to start with; None: choose from scores of a probe of the first global batch."""
@@ -84,6 +93,28 @@ class Chooser(abc.ABC):
     def sample(self, count: int, step: int) -> list[int]:
         """`count` different layers, uniformly at random."""
         return sorted(self.random(step).sample(range(self.num_layers), count))
+
+
+class ScoreChooser(Chooser):
+    """Remembers scores, which survive a checkpoint, and counts selections whose scores are not finite."""
+
+    needs_scores = True
+    scores: list[Any]  # of length L
+
+    def are_finite(self, scores: Sequence[float | None]) -> bool:
+        """Whether fresh scores can be used; counts those in a row that cannot."""
+        finite = all(score is None or math.isfinite(score) for score in scores)
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        return finite
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores (length L, null where unknown) and the count of bad selections in a row."""
+        return {"scores": list(self.scores), "bad_in_a_row": self.bad_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over remembered scores and the count of bad selections."""
+        self.scores = list(state["scores"])
+        self.bad_in_a_row = int(state["bad_in_a_row"])
 
 
 def weighted_sample(weights: Sequence[float], count: int, rng: random.Random) -> list[int]:

@@ -15,9 +15,9 @@ class SubsetChooser(Chooser):
         self.needs_scores = inner.needs_scores
 
     @property
-    def bad_in_a_row(self) -> int:
+    def bad_in_a_row(self) -> int:  # type: ignore[override]
         """Selections in a row whose scores were not finite."""
-        return getattr(self.inner, "bad_in_a_row", 0)
+        return self.inner.bad_in_a_row
 
     def _outer(self, chosen: Sequence[int]) -> list[int]:
         return [self.layers[position] for position in chosen]

@@ -140,7 +140,7 @@ class LayerSelection:
         )
 
     def _check_scores(self) -> None:
-        bad, limit = getattr(self.chooser, "bad_in_a_row", 0), self.tuning.max_bad_scores
+        bad, limit = self.chooser.bad_in_a_row, self.tuning.max_bad_scores
         if bad:
             self.tracker.say(
                 f"step {self.progress.step}: a layer score is not finite ({bad} in a row); layers are kept"

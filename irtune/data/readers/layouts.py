@@ -6,7 +6,6 @@ CONFIG/train-00000-of-00001.parquet, ...        several configurations (data.con
 dataset_dict.json, train/state.json, ...        datasets.DatasetDict.save_to_disk; state.json: Dataset.save_to_disk
 """
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from irtune.config.yaml_file import parse_yaml
 from irtune.data.readers.cells import listed
 from irtune.data.readers.tables import SUFFIXES
 from irtune.errors import DataError, brief
+from irtune.files import read_object
 
 SPLITS = {"train": ("train",), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
 MAX_NOTE = 2**20  # bytes of a README.md or a .json file about the files of a corpus
@@ -123,7 +123,7 @@ def _check_complete(paths: list[Path]) -> None:
 def _saved(folder: Path) -> Files:
     """What `save_to_disk` of `datasets` writes."""
     if (folder / "dataset_dict.json").is_file():
-        names = _note(folder / "dataset_dict.json").get("splits")
+        names = read_object(folder / "dataset_dict.json", MAX_NOTE, DataError).get("splits")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{folder / 'dataset_dict.json'} is damaged: it lists no splits")
         files: Files = {}
@@ -139,27 +139,12 @@ def _saved(folder: Path) -> Files:
 
 def _saved_parts(folder: Path) -> list[Path]:
     """The .arrow files of one saved split, in order."""
-    parts = _note(folder / "state.json").get("_data_files")
-    names = (
-        [str(part["filename"]) for part in parts if isinstance(part, dict) and "filename" in part]
-        if isinstance(parts, list)
-        else []
-    )
+    parts = read_object(folder / "state.json", MAX_NOTE, DataError).get("_data_files")
+    parts = parts if isinstance(parts, list) else []
+    names = [str(part["filename"]) for part in parts if isinstance(part, dict) and "filename" in part]
     if not names:
         raise DataError(f"{folder / 'state.json'} is damaged: it lists no data files")
     return [folder / name for name in names]
-
-
-def _note(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > MAX_NOTE:
-            raise ValueError(f"it has more than {MAX_NOTE:,} bytes")
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{file} is damaged: it holds a {type(found).__name__}, not an object")
-    return found
 
 
 # ----- configurations -----

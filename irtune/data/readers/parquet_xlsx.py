@@ -1,6 +1,7 @@
 """Rows of .parquet, .arrow and .xlsx files. Packed ones: what they unpack to is looked at before it is unpacked."""
 
 import json
+import math
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -39,7 +40,7 @@ def parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
     chunks = [group.column(j) for group in groups for j in range(group.num_columns)]
     nested = tuple(f"{name}." for name in wanted)
     read = [c for c in chunks if c.path_in_schema in wanted or c.path_in_schema.startswith(nested)]
-    _check_size(path, sum(chunk.total_uncompressed_size for chunk in read), None)
+    _check_size(path, sum(chunk.total_uncompressed_size for chunk in read))
     batches = file.iter_batches(batch_size=BATCH, columns=[name for name in names if name in wanted])
     yield from _batch_rows(path, batches, class_names(schema, path))
 
@@ -57,15 +58,15 @@ def arrow_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
             if message.type in HEADERS and _is_compressed(message.metadata.to_pybytes(), HEADERS[message.type]):
                 raise DataError(f"{path} is compressed inside, which `datasets` never does; save it as .parquet")
         content.seek(0)
-        reader = batches = pyarrow.ipc.open_stream(content)
-        names = reader.schema.names
+        batches = pyarrow.ipc.open_stream(content)
+        names = batches.schema.names
         check_names(names, path)
         wanted = set(columns(names))
         kept = [name for name in names if name in wanted]
         pieces = (
             batch.slice(start, BATCH).select(kept) for batch in batches for start in range(0, batch.num_rows, BATCH)
         )
-        yield from _batch_rows(path, pieces, class_names(reader.schema, path))
+        yield from _batch_rows(path, pieces, class_names(batches.schema, path))
 
 
 # Fields that lead from a message of an .arrow stream to BodyCompression (Message.fbs and Schema.fbs of Apache Arrow).
@@ -119,11 +120,8 @@ def class_names(schema: Any, path: Path) -> dict[str, list[str]]:
         classes = {name: kind["names"] for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: what the schema notes under 'huggingface' is damaged: {brief(note)}") from error
-    return {
-        column: names
-        for column, names in classes.items()
-        if isinstance(names, list) and all(isinstance(name, str) for name in names)
-    }
+    listed = {column: names for column, names in classes.items() if isinstance(names, list)}
+    return {column: names for column, names in listed.items() if all(isinstance(name, str) for name in names)}
 
 
 def named_classes(row: Row, classes: dict[str, list[str]]) -> Row:
@@ -166,7 +164,8 @@ def xlsx_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
     Raises:
         DataError: for formulas and error values, bombs, and sheets larger than a spreadsheet program can make.
     """
-    _check_book(path)
+    with zipfile.ZipFile(path) as archive:
+        _check_size(path, sum(member.file_size for member in archive.infolist()), MOST)
     try:
         yield from _sheet_rows(path, columns)
     except ValueError as error:
@@ -210,13 +209,8 @@ def unescaped(value: Any) -> Any:
 
     if not isinstance(value, str) or "_x" not in value:
         return value
-    text = unescape(value)
     # A character outside of the first 65,536 is two escapes.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_surrogates(text) else text
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    return unescape(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _refuse(where: str, cell: Any) -> None:
@@ -225,15 +219,9 @@ def _refuse(where: str, cell: Any) -> None:
     raise DataError(f"{where}: the error value {cell.value} of a formula; correct it, or clear the cell")
 
 
-def _check_book(path: Path) -> None:
-    """Refuse an archive that is a bomb."""
-    with zipfile.ZipFile(path) as archive:
-        _check_size(path, sum(member.file_size for member in archive.infolist()), MOST)
-
-
-def _check_size(path: Path, unpacked: int, most: int | None) -> None:
-    limit = max(FREE, RATIO * path.stat().st_size)
-    limit = limit if most is None else min(limit, most)
+def _check_size(path: Path, unpacked: int, most: float = math.inf) -> None:
+    """Refuse a bomb."""
+    limit = min(max(FREE, RATIO * path.stat().st_size), most)
     if unpacked > limit:
         raise DataError(f"{path} would unpack to {unpacked / 2**20:,.0f} MiB; accepted for a file of "
                         f"{path.stat().st_size / 2**20:,.1f} MiB: at most {limit / 2**20:,.0f}")  # fmt: skip

@@ -53,9 +53,7 @@ class AdaGradSelectChooser(TopKChooser):
 METHOD = Method(
     name="adagradselect",
     summary="high gradient norms at first, then layers that were often chosen",
-    from_config=lambda tuning, candidates: AdaGradSelectChooser(
-        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count
-    ),
+    from_config=AdaGradSelectChooser.from_config,
     takes_budget=True,
     budget=0.25,
 )

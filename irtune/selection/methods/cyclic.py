@@ -18,7 +18,7 @@ class CyclicChooser(Chooser):
         count: int = 1,
         order: Literal["ascending", "descending", "random"] = "random",
     ):
-        super().__init__(num_layers, interval, seed)
+        super().__init__(num_layers, interval, seed, count=count)
         self.blocks = [list(range(i, min(i + count, num_layers))) for i in range(0, num_layers, count)]
         self.order = order
 

@@ -51,10 +51,6 @@ class FullChooser(FixedChooser):
         super().__init__(num_layers, seed, layers=range(num_layers))
 
 
-class SpafitChooser(FixedChooser):
-    """The layers to which the adapter type spafit gave parameters: [a, L)."""
-
-
 def _named_layers(text: str, candidates: Candidates) -> FixedChooser:
     """A chooser of the layers that `text` names.
 
@@ -90,9 +86,7 @@ FULL = Method(
 SPAFIT = Method(
     name="spafit",
     summary="all but the lowest stratum of the adapter type spafit",
-    from_config=lambda tuning, candidates: SpafitChooser(
-        candidates.num_layers, candidates.seed, layers=range(candidates.num_layers)
-    ),
+    from_config=lambda tuning, candidates: FullChooser(candidates.num_layers, candidates.seed),
     repeats=False,
     fills={"adapter.type": "spafit"},
     needs={"adapter.type": ("spafit", "trains the strata of the adapter type of that name")},

@@ -6,11 +6,11 @@ from typing import Any
 
 from irtune.config.declarations import Method
 from irtune.config.schema import TuningConfig
-from irtune.selection.chooser import Candidates, Chooser, Observation
+from irtune.selection.chooser import Candidates, Observation, ScoreChooser
 from irtune.selection.split import REFERENCE_WINDOW, raise_lowest, split_layers
 
 
-class IRChooser(Chooser):
+class IRChooser(ScoreChooser):
     """Cuts the layers' latest scores with a split rule.
 
     With `own_mean`, each score is first divided by the mean of all the layer's scores before it: what stands out is
@@ -19,8 +19,6 @@ class IRChooser(Chooser):
     A score that is not finite never counts as important: the whole selection is kept as it was, and the event counted.
     Layers that never had a score (stale scores only) count as 0.
     """
-
-    needs_scores = True
 
     def __init__(
         self,
@@ -42,8 +40,7 @@ class IRChooser(Chooser):
         self.min_fraction, self.max_fraction = min_fraction, max_fraction
         self.ema, self.random_first, self.cost_weight = ema, random_first, cost_weight
         self.own_mean, self.totals, self.counts = own_mean, [0.0] * num_layers, [0] * num_layers
-        self.scores: list[float | None] = [None] * num_layers
-        self.bad_in_a_row = 0
+        self.scores = [None] * num_layers
 
     def first(self) -> list[int] | None:
         """A random half when the preset asks for it (as the published code starts), else None."""
@@ -52,10 +49,8 @@ class IRChooser(Chooser):
     def choose(self, seen: Observation) -> list[int]:
         """Smooth the fresh scores into the remembered ones and split them."""
         fresh = seen.scores if seen.scores is not None else []
-        if any(score is not None and not math.isfinite(score) for score in fresh):
-            self.bad_in_a_row += 1
+        if not self.are_finite(fresh):
             return list(seen.selected)
-        self.bad_in_a_row = 0
         for layer, score in enumerate(fresh):
             old = self.scores[layer]
             if score is not None:  # s <- ema * s_old + (1 - ema) * s_new
@@ -79,12 +74,11 @@ class IRChooser(Chooser):
     def state_dict(self) -> dict[str, Any]:
         """Remembered scores, their sums and counts (length L), and the count of bad selections in a row."""
         means = {"totals": list(self.totals), "counts": list(self.counts)} if self.own_mean else {}
-        return {"scores": list(self.scores), "bad_in_a_row": self.bad_in_a_row} | means
+        return super().state_dict() | means
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over remembered scores and the count of bad selections."""
-        self.scores = list(state["scores"])
-        self.bad_in_a_row = int(state["bad_in_a_row"])
+        """Take all of it over."""
+        super().load_state_dict(state)
         if self.own_mean:
             self.totals, self.counts = list(state["totals"]), list(state["counts"])
 

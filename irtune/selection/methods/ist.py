@@ -22,8 +22,7 @@ class IstChooser(Chooser):
     """Draws `count` layers at every step; every 10 steps it asks for the loss with half of the layers suppressed."""
 
     def __init__(self, num_layers: int, interval: int = 1, seed: int = 0, *, count: int = 1):
-        super().__init__(num_layers, interval, seed)
-        self.count = count
+        super().__init__(num_layers, interval, seed, count=count)
         self.importance = [0.0] * num_layers
 
     def first(self) -> list[int]:
@@ -72,9 +71,7 @@ class IstChooser(Chooser):
 METHOD = Method(
     name="ist",
     summary="layers drawn by learnt importance",
-    from_config=lambda tuning, candidates: IstChooser(
-        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count
-    ),
+    from_config=IstChooser.from_config,
     takes_budget=True,
     budget=0.25,
     suppresses=True,

@@ -7,10 +7,6 @@ from irtune.selection.chooser import Chooser, Observation
 class LisaChooser(Chooser):
     """Draws `count` layers (gamma) every `interval` steps (K). The head trains always, as everywhere in irtune."""
 
-    def __init__(self, num_layers: int, interval: int = 10, seed: int = 0, *, count: int = 2):
-        super().__init__(num_layers, interval, seed)
-        self.count = count
-
     def first(self) -> list[int]:
         """The draw of step 0."""
         return self.sample(self.count, step=0)
@@ -23,16 +19,11 @@ class LisaChooser(Chooser):
 class RandomChooser(LisaChooser):
     """LISA with K = 1: draws `count` layers uniformly at random at every step, from a sequence of its own."""
 
-    def __init__(self, num_layers: int, interval: int = 1, seed: int = 0, *, count: int = 1):
-        super().__init__(num_layers, interval, seed, count=count)
-
 
 LISA = Method(
     name="lisa",
     summary="a few random layers for tuning.interval steps",
-    from_config=lambda tuning, candidates: LisaChooser(
-        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count
-    ),
+    from_config=LisaChooser.from_config,
     takes_budget=True,
     budget=2,
     fills_with={"none": {"adapter.embeddings": True}},  # LISA's always trained parts, with the head
@@ -40,9 +31,7 @@ LISA = Method(
 RST = Method(
     name="rst",
     summary="random layers at every step",
-    from_config=lambda tuning, candidates: RandomChooser(
-        candidates.num_layers, tuning.interval, candidates.seed, count=candidates.count
-    ),
+    from_config=RandomChooser.from_config,
     takes_budget=True,
     budget=0.125,
     fills={"tuning.interval": 1},

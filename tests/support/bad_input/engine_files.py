@@ -23,7 +23,7 @@ CASES = [
          "is not valid JSON: ..."),
     Case("a DeepSpeed key twice", engine('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}'),
          "is not valid JSON: the key ... appears twice"),
-    Case("a DeepSpeed file of two megabytes", engine(" " * 2**21 + "{}"), "is not valid JSON: more than ... bytes"),
+    Case("a DeepSpeed file of two megabytes", engine(" " * 2**21 + "{}"), "is not valid JSON: it has more than ... bytes"),
     Case("a list as DeepSpeed file", engine("[1]"), "must hold an object, not a ..."),
     Case("an unknown DeepSpeed key", engine('{"zero_optimisation": {}}'), "unknown key ...; did you mean ..."),
     Case("an optimizer in the DeepSpeed file", engine('{"optimizer": {"type": "Adam"}}'),

@@ -18,7 +18,7 @@ from irtune.config import schema
 from irtune.config.declarations import adapter_kinds, methods
 from irtune.config.deepspeed_json import KNOBS, RECIPE_ONLY
 from irtune.config.limits import OneOf, Range
-from irtune.config.presets import MODELS, choices, fill_presets
+from irtune.config.presets import MODELS, PRESETS, fill_presets
 from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type
 
 INTRODUCTION = """\
@@ -160,11 +160,25 @@ def _words(kind: Any) -> str:
 
 def _presets() -> str:
     rows = []
-    for choice in choices():
+    for choice in _choices():
         filled = {key: value for key, value in fill_presets(choice).items() if key not in choice}
         rows.append(f"| {_settings(choice)} | {_settings(filled)} |")
     models = [f"| `{name}` | {hub} |" for name, hub in MODELS.items()]
     return PRESET_TEXT + "\n".join(rows) + "\n" + MODEL_TEXT + "\n".join(models) + "\n"
+
+
+def _choices() -> list[dict[str, str]]:
+    """All settings, most of a single key, that fill in others."""
+    declared = [
+        *({"tuning.method": name} for name, method in methods().items() if method.fills),
+        *(
+            {"tuning.method": name, "adapter.type": kind}
+            for name, method in methods().items()
+            for kind in method.fills_with
+        ),
+        *({"adapter.type": name} for name, kind in adapter_kinds().items() if kind.fills),
+    ]
+    return [*({key: name} for key, name in PRESETS), *declared]
 
 
 def _settings(values: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from irtune.distributed.environment import data_folder
 from tests.support import tiny
 
 torch.set_num_threads(1)
@@ -54,7 +53,7 @@ def base(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real corpora."""
-    folder = data_folder()
+    folder = os.environ.get("IRTUNE_DATA")
     if folder is None:
         pytest.skip("IRTUNE_DATA is not set, so there are no real corpora to read")
     return Path(folder)

@@ -69,17 +69,3 @@ def _fill_input(filled: dict[str, Any]) -> None:
     marks_edits = filled.get("data.prompt", DataConfig.prompt) == "diff" and filled.get("data.template") is None
     if marks_edits:
         filled.setdefault("model.pooling", "mean+edit")
-
-
-def choices() -> list[dict[str, Any]]:
-    """All settings, most of a single key, that fill in others."""
-    declared: list[dict[str, Any]] = [
-        *({"tuning.method": name} for name, method in methods().items() if method.fills),
-        *(
-            {"tuning.method": name, "adapter.type": kind}
-            for name, method in methods().items()
-            for kind in method.fills_with
-        ),
-        *({"adapter.type": name} for name, kind in adapter_kinds().items() if kind.fills),
-    ]
-    return [*({key: name} for key, name in PRESETS), *declared]

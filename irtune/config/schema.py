@@ -360,14 +360,8 @@ class Config:
 # them again: the folder may be another's.
 RISKS = ("trust_remote_code", "allow_pickle")
 
-SECTIONS: dict[str, Any] = {
-    "model": ModelConfig,
-    "adapter": AdapterConfig,
-    "data": DataConfig,
-    "tuning": TuningConfig,
-    "optim": OptimConfig,
-    "run": RunConfig,
-}
+# Name -> class.
+SECTIONS: dict[str, Any] = {name: kind for name, kind in get_type_hints(Config).items() if name != "deepspeed"}
 
 
 def known_keys() -> list[str]:

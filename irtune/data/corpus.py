@@ -67,7 +67,9 @@ def read_corpus(data: DataConfig) -> Corpus:
     labels = _label_names(tables, data)
     index = {label: position for position, label in enumerate(labels)}
     splits = {split: _examples(records, split, where, data, index) for split, (where, records) in tables.items()}
-    _check_weights(splits["train"], tables["train"][0], data)
+    if not any(example.weight for example in splits["train"]):
+        place = f"{tables['train'][0]}: every weight in column {data.weight!r}"
+        raise DataError(f"{place} (data.weight) is 0: nothing would be learnt")
     for split, examples in splits.items():
         if split != "train":
             warn_of_missing_labels(examples, split, labels, task_of(data))
@@ -85,11 +87,6 @@ def warn_of_missing_labels(
             "the %s split has no example of %s: macro_f1 counts %s as 0, macro_f1_present leaves %s out",
             split, ", ".join(missing), *(["it"] * 2 if len(missing) == 1 else ["them"] * 2),
         )  # fmt: skip
-
-
-def _check_weights(examples: Sequence[Example], where: str, data: DataConfig) -> None:
-    if not any(example.weight for example in examples):
-        raise DataError(f"{where}: every weight in column {data.weight!r} (data.weight) is 0: nothing would be learnt")
 
 
 def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]:

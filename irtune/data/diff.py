@@ -2,7 +2,7 @@
 
     the blue house + the red house -> the [-blue-]{+red+} house
 
-Pure functions of strings. From a marked text without left-out context, `texts` recovers both sides exactly.
+Pure functions of strings. A marked text without left-out context holds both sides exactly; tests recover them.
 """
 
 import re
@@ -41,14 +41,9 @@ class Marks:
         return self.before_removed, self.after_removed, self.before_added, self.after_added
 
 
-# Three kinds that tokenizers split without new tokens. Around one replaced word, the marks take 7, 10 and 8 tokens of
-# SmolLM2's.
-MARKS = {
-    "wdiff": Marks("[-", "-]", "{+", "+}"),
-    "html": Marks("<del>", "</del>", "<ins>", "</ins>"),
-    "angles": Marks("<-", "->", "<+", "+>"),
-}
-DEFAULT = MARKS["wdiff"]
+# As wdiff writes them, without new tokens: around one replaced word, they take 7 tokens of SmolLM2's (<del> and <ins>:
+# 10; <- -> <+ +>: 8).
+DEFAULT = Marks("[-", "-]", "{+", "+}")
 
 
 @dataclass(frozen=True)
@@ -118,25 +113,6 @@ def render(pieces: Sequence[Piece], marks: Marks = DEFAULT) -> Marked:
     return Marked("".join(text), edits)
 
 
-def texts(marked: str, marks: Marks = DEFAULT) -> tuple[str, str]:
-    """The texts before and after of a marked text.
-
-    Raises:
-        ValueError: when an edit does not end.
-    """
-    before, after, place = "", "", 0
-    opening = re.compile(f"{re.escape(marks.before_removed)}|{re.escape(marks.before_added)}")
-    while (found := opening.search(marked, place)) is not None:
-        removed = found[0] == marks.before_removed
-        end = marked.index(marks.after_removed if removed else marks.after_added, found.end())
-        same, edited = (_unescape(marked[a:b], marks) for a, b in ((place, found.start()), (found.end(), end)))
-        before += same + (edited if removed else "")
-        after += same + ("" if removed else edited)
-        place = end + len(marks.after_removed if removed else marks.after_added)
-    rest = _unescape(marked[place:], marks)
-    return before + rest, after + rest
-
-
 def near_edits(pieces: Sequence[Piece], words: int) -> list[Piece]:
     """Leave out unchanged text further than `words` words from every edit; an ellipsis stands for it.
 
@@ -197,7 +173,3 @@ def _split_marks(marks: Marks) -> re.Pattern[str]:
 
 def _escape(text: str, marks: Marks) -> str:
     return _split_marks(marks).sub(lambda found: "\\" + found[0], text)
-
-
-def _unescape(text: str, marks: Marks) -> str:
-    return _split_marks(marks).sub(lambda found: found[0][1:], text)

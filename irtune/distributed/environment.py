@@ -1,4 +1,4 @@
-"""The environment, read in this one place: the launcher's variables, and those for tests."""
+"""The environment, read in this one place."""
 
 import os
 import socket
@@ -22,8 +22,3 @@ def here() -> str:
 def leave() -> None:
     """End this process at once, as failed: for threads, when the main one hangs."""
     os._exit(2)
-
-
-def data_folder() -> str | None:
-    """Folder of the real corpora for tests and benchmarks, from IRTUNE_DATA."""
-    return os.environ.get("IRTUNE_DATA")

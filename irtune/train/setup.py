@@ -44,7 +44,6 @@ from irtune.models import Classifier, load_classifier
 from irtune.models.anatomy import output_projections
 from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
-from irtune.selection import Chooser
 from irtune.selection.registry import build_chooser
 from irtune.selection.scores import WEIGHT_SCORES, LayerScores
 from irtune.selection.signal_noise import layer_ratios
@@ -145,7 +144,8 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         if config.model.start_from is not None and (latest is None or suppresses):
             start_from(config.model.start_from, module, table, config.adapter, corpus.labels)
         suppression = Suppression(table) if suppresses else None
-        chooser = _build_chooser(config, table, ratios)
+        sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]
+        chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
         checkpoints.identity = run_identity(config, corpus, data.sampler, data.max_steps, synonyms_digest)
         resumed = None
         if latest is not None:
@@ -242,11 +242,6 @@ def _score_constants(
     model, anatomy = classifier.model, classifier.anatomy
     projections = output_projections(model, anatomy) if config.tuning.score in WEIGHT_SCORES else None
     return projections, layer_ratios(model, anatomy) if methods()[config.tuning.method].needs_ratios else None
-
-
-def _build_chooser(config: Config, table: LayerTable, ratios: dict[str, list[float]] | None) -> Chooser:
-    sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]
-    return build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
 
 
 def _sharded(config: Config, settings: dict[str, Any]) -> dict[str, Any] | None:

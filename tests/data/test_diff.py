@@ -1,6 +1,7 @@
 """The marked text of a pair: by hand, recovered from whatever hypothesis thinks of, and in bounded time."""
 
 import itertools
+import re
 import time
 
 import pytest
@@ -11,11 +12,35 @@ from transformers import AutoTokenizer
 from irtune.config import load_config
 from irtune.config.schema import DataConfig
 from irtune.data import Encoder, Example
-from irtune.data.diff import MARKS, Piece, cut_edits, diff, largest, near_edits, render, shorten_edits, texts
+from irtune.data.diff import DEFAULT, Marks, Piece, cut_edits, diff, largest, near_edits, render, shorten_edits
 from irtune.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.quick
 TRICKY = st.text(alphabet="ab [-]{+}<>\\/deli ", max_size=40)
+MARKS = {
+    "wdiff": DEFAULT,
+    "html": Marks("<del>", "</del>", "<ins>", "</ins>"),
+    "angles": Marks("<-", "->", "<+", "+>"),
+}
+
+
+def texts(marked: str, marks: Marks = DEFAULT) -> tuple[str, str]:
+    """The texts before and after of a marked text; a ValueError when an edit does not end."""
+    split = re.compile("|".join(rf"(?<={re.escape(mark[0])})\\+(?={re.escape(mark[1:])})" for mark in marks.all()))
+
+    def plain(text: str) -> str:
+        return split.sub(lambda found: found[0][1:], text)
+
+    before, after, place = "", "", 0
+    opening = re.compile(f"{re.escape(marks.before_removed)}|{re.escape(marks.before_added)}")
+    while (found := opening.search(marked, place)) is not None:
+        removed = found[0] == marks.before_removed
+        end = marked.index(marks.after_removed if removed else marks.after_added, found.end())
+        same, edited = plain(marked[place : found.start()]), plain(marked[found.end() : end])
+        before += same + (edited if removed else "")
+        after += same + ("" if removed else edited)
+        place = end + len(marks.after_removed if removed else marks.after_added)
+    return before + plain(marked[place:]), after + plain(marked[place:])
 
 
 @pytest.mark.parametrize(

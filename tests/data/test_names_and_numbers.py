@@ -1,6 +1,8 @@
 """Labels, ids and documents are the same text in every format; classes have their names; weights are numbers."""
 
 import json
+import re
+import zipfile
 from decimal import Decimal
 
 import datasets
@@ -153,6 +155,29 @@ def test_a_hidden_class_is_not_the_last_one(tmp_path):
         read_split(DataConfig(path=str(path)), "test", ["style", "clarity", "fluency"])
 
 
+def share_texts(path):
+    """Cells that name a text in a table of the book, as spreadsheet programs write them."""
+    with zipfile.ZipFile(path) as book:
+        parts = {name: book.read(name).decode() for name in book.namelist()}
+    sheet, texts = "xl/worksheets/sheet1.xml", []
+
+    def shared(found):
+        texts.append(f"<si>{found[1]}</si>")
+        return f't="s"><v>{len(texts) - 1}</v>'
+
+    parts[sheet] = re.sub(r't="inlineStr"><is>(.*?)</is>', shared, parts[sheet], flags=re.DOTALL)
+    assert texts
+    main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+    kind = "application/vnd.openxmlformats-officedocument.spreadsheetml.sharedStrings+xml"
+    table = f'<Override PartName="/xl/sharedStrings.xml" ContentType="{kind}" /></Types>'
+    parts["[Content_Types].xml"] = parts["[Content_Types].xml"].replace("</Types>", table)
+    parts["xl/sharedStrings.xml"] = f'<sst xmlns="{main}">{"".join(texts)}</sst>'
+    with zipfile.ZipFile(path, "w") as book:
+        for name, part in parts.items():
+            book.writestr(name, part)
+
+
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -164,11 +189,13 @@ def test_a_hidden_class_is_not_the_last_one(tmp_path):
         ("snake_x_case _x12_ _xyz_", "snake_x_case _x12_ _xyz_"),
     ],
 )
-def test_escapes_of_a_sheet_are_characters(tmp_path, value, text):
+def test_escapes_of_a_sheet_are_characters(tmp_path, value, text, shared):
     book = openpyxl.Workbook()
     for line in (["bef_x006F_re", "after", "label"], [value, "b", "x"], ["c", value, "y"]):
         book.active.append(line)
     book.save(tmp_path / "train.xlsx")
+    if shared:
+        share_texts(tmp_path / "train.xlsx")
     corpus = read_corpus(DataConfig(train=str(tmp_path / "train.xlsx"), dev=str(tmp_path / "train.xlsx")))
     assert (corpus.splits["train"][0].before, corpus.splits["train"][1].after) == (text, text)
 

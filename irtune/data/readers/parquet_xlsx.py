@@ -175,9 +175,7 @@ def xlsx_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
 
 
 def _sheet_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
-    import openpyxl  # takes defusedxml, which is installed, for all XML
-
-    book = openpyxl.load_workbook(path, read_only=True, keep_links=False)
+    book = _open_book(path)
     try:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # a size that the file claims for itself would be filled up with empty cells
@@ -201,6 +199,33 @@ def _sheet_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Row]]:
                 yield number, {name: value for name, value in row.items() if name in wanted}
     finally:
         book.close()
+
+
+def _open_book(path: Path) -> Any:
+    """A book of openpyxl's, which takes defusedxml, since that is installed, for all XML.
+
+    With the texts that cells share as they are: openpyxl itself takes every "x005F_" out of them, by which an escape
+    that is meant as text is told from the character.
+    """
+    from openpyxl.cell.text import Text
+    from openpyxl.reader.excel import SHARED_STRINGS, ExcelReader
+    from openpyxl.xml.constants import SHEET_MAIN_NS
+    from openpyxl.xml.functions import iterparse
+
+    class Reader(ExcelReader):
+        def read_strings(self) -> None:
+            part = self.package.find(SHARED_STRINGS)
+            if part is None:
+                return
+            with self.archive.open(part.PartName[1:]) as source:
+                for _, node in iterparse(source):
+                    if node.tag == f"{{{SHEET_MAIN_NS}}}si":
+                        self.shared_strings.append(Text.from_tree(node).content)
+                        node.clear()
+
+    reader = Reader(path, read_only=True, keep_links=False)
+    reader.read()
+    return reader.wb
 
 
 def unescaped(value: Any) -> Any:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from irtune.commands.common import a_path, add_run, parser, ranks, trusted
-from irtune.data import Example, NumberedRows, parse_json_lines, read_table
+from irtune.data import Example
 from irtune.data.readers.cells import as_text, listed
+from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
 from irtune.errors import ConfigError, DataError
 from irtune.evaluation.saved_run import LoadedRun, load_run
 from irtune.files import to_json, write_text, writing

@@ -11,7 +11,7 @@ from irtune.data.batches import (
 )
 from irtune.data.corpus import Corpus, Example, corpus_digest, read_corpus, read_split
 from irtune.data.prompts import Encoded, Encoder
-from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
+from irtune.data.readers.tables import read_table
 
 __all__ = [
     "Augmenter",
@@ -20,13 +20,11 @@ __all__ = [
     "Encoded",
     "Encoder",
     "Example",
-    "NumberedRows",
     "build_sampler",
     "collate",
     "corpus_digest",
     "evaluation_batches",
     "padded_lengths",
-    "parse_json_lines",
     "read_corpus",
     "read_split",
     "read_synonyms",

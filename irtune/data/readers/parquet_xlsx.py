@@ -214,6 +214,7 @@ def _open_book(path: Path) -> Any:
 
     class Reader(ExcelReader):
         def read_strings(self) -> None:
+            """Texts of the table that cells share."""
             part = self.package.find(SHARED_STRINGS)
             if part is None:
                 return

@@ -72,19 +72,15 @@ def _usage() -> str:
 
 
 def _user_error(error: IrtuneError, show_traceback: bool) -> int:
+    """The first rank of each node speaks for errors that all share; a rank that fails alone speaks for itself."""
     if show_traceback:
         traceback.print_exception(error)
-    _report(error)
-    return USER_ERROR
-
-
-def _report(error: IrtuneError) -> None:
-    """The first rank of each node speaks for errors that all share; a rank that fails alone speaks for itself."""
     if environment.variable("RANK", "0") == "0":
         sys.stderr.write(f"error: {redact(str(error))}\n")
     elif environment.variable("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
         sys.stderr.write(f"error on {environment.here()}: {redact(str(error))}\n")
     sys.stderr.flush()
+    return USER_ERROR
 
 
 def _summary(results: dict, folder: str) -> None:

@@ -167,7 +167,7 @@ def _presets() -> str:
     return PRESET_TEXT + "\n".join(rows) + "\n" + MODEL_TEXT + "\n".join(models) + "\n"
 
 
-def _choices() -> list[dict[str, str]]:
+def _choices() -> list[dict[str, Any]]:
     """All settings, most of a single key, that fill in others."""
     declared = [
         *({"tuning.method": name} for name, method in methods().items() if method.fills),

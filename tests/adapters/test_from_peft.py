@@ -13,6 +13,7 @@ from irtune.config.checks import check_config
 from irtune.config.declarations import adapter_kinds
 from irtune.errors import ConfigError
 from irtune.evaluation.saved_run import is_peft_adapter
+from irtune.evaluation.start import start_from
 from irtune.memory.estimate import state_bytes
 from irtune.models import Classifier, load_classifier
 from irtune.models.quantization import dequantize
@@ -114,6 +115,15 @@ def test_it_starts_silent_trains_what_is_selected_and_loads_in_plain_peft(folder
     loaded = PeftModel.from_pretrained(load_classifier(classifier_config(folder), LABELS).model, tmp_path / "peft")
     assert torch.allclose(logits(loaded), wanted, atol=1e-6, rtol=0)
     assert torch.allclose(logits(loaded.merge_and_unload()), wanted, atol=1e-5, rtol=0)
+
+    fresh, fresh_table = add_adapters(load_classifier(classifier_config(folder), LABELS), adapter)
+    start_from(str(tmp_path / "peft"), fresh, fresh_table, adapter, LABELS)
+    for layer, there in zip(fresh_table.layers, table.layers):
+        assert all(torch.equal(one, other) for (_, one), (_, other) in zip(layer, there))
+    other = AdapterConfig(r=4)
+    other_model, other_table = add_adapters(load(folder), other)
+    with pytest.raises(ConfigError, match=r"adapter of peft's type .*; set adapter\.type as it was there"):
+        start_from(str(tmp_path / "peft"), other_model, other_table, other, LABELS)
 
     write_adapter(tmp_path / "own", {full: p.detach() for full, p in table.all()}, adapter, LABELS)
     own = load_adapter(load_classifier(classifier_config(folder), LABELS), tmp_path / "own")

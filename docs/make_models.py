@@ -28,14 +28,15 @@ from irtune.models import load_classifier
 from tests.support import zoo
 
 TEXTS = [{"input_ids": list(range(4, 4 + length))} for length in (5, 9, 17)]
+LORAS = ("lora", "dora", "rslora", "pissa")
 PAGE = """# Architectures that were tried
 
 Each is a model of four layers with random weights (tests/support/zoo.py), loaded in fp32 on a CPU, given adapters, and
 looked at by the guard of a run: a text must give the same logits alone and in a padded batch, fresh adapters must
 change nothing, and each of their parameters must get a gradient. *attention*: what model.attn_implementation sdpa
 becomes in bf16 on a CPU. *bf16*: whether the model computes in it. *refused*: adapter types that do not work, with
-`r` 4 and otherwise their defaults. *nf4*: LoRA over a base of 4 bits. *checkpointing*: LoRA with
-model.gradient_checkpointing.
+`r` 4 and otherwise their defaults; of those whose code is peft's, only `lora` and its variants are tried here. *nf4*:
+LoRA over a base of 4 bits. *checkpointing*: LoRA with model.gradient_checkpointing.
 
 Made by `python docs/make_models.py > docs/models.md`.
 
@@ -92,7 +93,8 @@ def row(name: str, box: Path) -> str:
         reason = str(error).partition(" is ")[2].partition(";")[0]
         return f"| {zoo.ZOO[name][1].__name__.removesuffix('Config')} | refused: {reason} | | | | |"
     settings: Any = classifier.model.config
-    refused = [kind for kind in adapter_kinds() if not works(folder, kind)]
+    here = [name for name, kind in adapter_kinds().items() if not kind.peft_format or name in LORAS]
+    refused = [kind for kind in here if not works(folder, kind)]
     yes = {True: "yes", False: "no"}
     nf4 = works(folder, "lora", quantization="nf4")
     return (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn import metrics as oracle
 
+from irtune import cli
 from irtune.commands.compare.picture import draw
 from irtune.commands.compare.report import columns, write_csv, write_markdown
 from irtune.commands.data import baselines, statistics
@@ -296,6 +297,17 @@ def test_tables_of_a_comparison_have_the_metrics_of_the_task(tmp_path):
     assert columns(task_of(DataConfig()))[:8] == (
         "data", "adapter", "method", "seeds", "dev_accuracy", "dev_accuracy_sd", "dev_macro_f1", "dev_macro_f1_sd",
     )  # fmt: skip
+
+
+def test_a_run_ends_with_the_metrics_of_its_task(capsys):
+    results = dict.fromkeys(
+        ("best_step", "layers_trained_per_step", "num_layers", "layers_ever_trained", "optimizer_state_bytes", "steps",
+         "training_seconds", "examples_per_second", "world_size", "wall_seconds"), 1,
+    ) | {"optimizer_state_bytes_at_selections": {"max": 1}}  # fmt: skip
+    dev = {"examples": 4, "pearson": 0.5, "spearman": 0.25, "r2": -1.0}
+    config = load_config(["--data.path", "x", "--data.task", "regression"])
+    cli._summary(results | {"dev": dev}, config)
+    assert "dev Pearson 0.500, Spearman 0.250, R2 -1.000 (4 examples, step 1)" in capsys.readouterr().out
 
 
 # ----- configuration -----

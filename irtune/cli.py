@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from irtune import console
 from irtune.commands import COMMANDS
-from irtune.config import load_config
+from irtune.config import Config, load_config
 from irtune.distributed import environment
 from irtune.errors import ConfigError, IrtuneError, StoppedError
 from irtune.redaction import redact
@@ -38,7 +38,7 @@ def train(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     if results is not None:
-        _summary(results, config.run.output_dir)
+        _summary(results, config)
     return 0
 
 
@@ -83,10 +83,13 @@ def _user_error(error: IrtuneError, show_traceback: bool) -> int:
     return USER_ERROR
 
 
-def _summary(results: dict, folder: str) -> None:
-    dev = results["dev"]
+def _summary(results: dict, config: Config) -> None:
+    from irtune.tasks import task_of  # with torch, which the rest of this file does without
+
+    dev, folder = results["dev"], config.run.output_dir
+    headline = task_of(config.data).headline
     sys.stdout.write(
-        f"\ndev accuracy {dev['accuracy']:.3f}, macro-F1 {dev['macro_f1']:.3f}, AUPRC {dev['auprc']:.3f} "
+        f"\ndev {', '.join(f'{words} {dev[name]:.3f}' for name, words in headline.items())} "
         f"({dev['examples']} examples, step {results['best_step']})\n"
         f"layers trained: {results['layers_trained_per_step']:.1f} of {results['num_layers']} per step "
         f"({results['layers_ever_trained']} ever)\n"

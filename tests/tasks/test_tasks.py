@@ -10,6 +10,10 @@ import pytest
 import torch
 from sklearn import metrics as oracle
 
+from irtune import cli
+from irtune.commands.compare.picture import draw
+from irtune.commands.compare.report import columns, write_csv, write_markdown
+from irtune.commands.data import baselines, statistics
 from irtune.config import DataConfig, OptimConfig, load_config
 from irtune.data import read_corpus, read_split
 from irtune.engine.losses import binary, build_loss, positive_weights
@@ -258,6 +262,52 @@ def test_a_dev_split_of_values_has_low_and_high_ones(tmp_path):
     data = write(tmp_path, list(range(200)), task="regression", dev_fraction=0.1)
     dev = sorted(example.label for example in read_corpus(data).splits["dev"])
     assert len(dev) == 20 and [int(value // 20) for value in dev] == [n for n in range(10) for _ in range(2)]
+
+
+def test_statistics_and_simple_baselines_of_sets_and_values(tmp_path):
+    for split in ("train", "dev"):
+        rows = [
+            {
+                "before": f"w{i % 3}",
+                "after": f"u{i % 2}",
+                "several": ["x"] * (i % 3 == 0) + ["y"] * (i % 2),
+                "value": i % 3,
+            }
+            for i in range(24)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    several = read_corpus(DataConfig(path=str(tmp_path), label="several", multi_label=True))
+    assert statistics(several)["splits"]["train"]["labels"] == {"x": 8, "y": 12}
+    found = baselines(several)
+    assert found["linear model of changed words"]["macro_f1"] == 1.0  # each label has a word of its own
+    assert found["always y"]["macro_f1"] == found["always y"]["accuracy"] == pytest.approx(1 / 3)
+    values = baselines(read_corpus(DataConfig(path=str(tmp_path), label="value", task="regression")))
+    assert values["always 1"]["loss"] == pytest.approx(2 / 3)
+    assert values["linear model of changed words"]["pearson"] > 0.9
+
+
+def test_tables_of_a_comparison_have_the_metrics_of_the_task(tmp_path):
+    rows = [{"data": "c", "adapter": "lora", "method": "ir", "seeds": 1, "dev_pearson": 0.5, "dev_spearman": 0.25}]
+    write_csv(rows, tmp_path / "t.csv", Regression())
+    header, line = (text.split(",") for text in (tmp_path / "t.csv").read_text().splitlines())
+    assert dict(zip(header, line))["dev_pearson"] == "0.5" and "test_r2_sd" in header and "dev_macro_f1" not in header
+    write_markdown(rows, tmp_path / "t.md", [], Regression())
+    assert "| dev Pearson | dev Spearman | dev R2 |" in (tmp_path / "t.md").read_text()
+    draw([], rows, tmp_path / "t.png", Regression())
+    assert columns(task_of(DataConfig()))[:8] == (
+        "data", "adapter", "method", "seeds", "dev_accuracy", "dev_accuracy_sd", "dev_macro_f1", "dev_macro_f1_sd",
+    )  # fmt: skip
+
+
+def test_a_run_ends_with_the_metrics_of_its_task(capsys):
+    results = dict.fromkeys(
+        ("best_step", "layers_trained_per_step", "num_layers", "layers_ever_trained", "optimizer_state_bytes", "steps",
+         "training_seconds", "examples_per_second", "world_size", "wall_seconds"), 1,
+    ) | {"optimizer_state_bytes_at_selections": {"max": 1}}  # fmt: skip
+    dev = {"examples": 4, "pearson": 0.5, "spearman": 0.25, "r2": -1.0}
+    config = load_config(["--data.path", "x", "--data.task", "regression"])
+    cli._summary(results | {"dev": dev}, config)
+    assert "dev Pearson 0.500, Spearman 0.250, R2 -1.000 (4 examples, step 1)" in capsys.readouterr().out
 
 
 # ----- configuration -----

@@ -54,17 +54,17 @@ def parser(name: str, description: str, example: str, *, trainer: bool = False) 
     )
 
 
-def add_run(options: argparse.ArgumentParser) -> None:
-    """The options of every command that loads a run."""
-    add_folder(options)
+def add_run(options: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The options of every command that loads a run; `several`: --run may be given more than once, and is a list."""
+    add_folder(options, several=several)
     options.add_argument("--batch_size", type=at_least(1), default=16, help="examples per forward pass (default 16)")
 
 
-def add_folder(options: argparse.ArgumentParser) -> None:
+def add_folder(options: argparse.ArgumentParser, *, several: bool = False) -> None:
     """--run, and what a run's folder may not decide by itself."""
-    options.add_argument(
-        "--run", required=True, type=a_path, help="folder of a finished run (its run.output_dir), or an export"
-    )
+    what = "folder of a finished run (its run.output_dir), or an export"
+    more = "; given several times, the runs' probabilities are averaged" if several else ""
+    options.add_argument("--run", required=True, type=a_path, action="append" if several else "store", help=what + more)
     for risk in RISKS:
         options.add_argument(f"--{risk}", action="store_true", help=f"the run's model.{risk} is meant")
 

@@ -13,7 +13,8 @@ from irtune.commands.common import a_path, add_run, parser, ranks, trusted
 from irtune.data import Example, NumberedRows, parse_json_lines, read_table
 from irtune.data.readers.cells import as_text, listed
 from irtune.errors import ConfigError, DataError
-from irtune.evaluation.saved_run import LoadedRun, load_run
+from irtune.evaluation.ensemble import Ensemble, open_runs
+from irtune.evaluation.saved_run import LoadedRun
 from irtune.files import to_json, write_text, writing
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".tsv")
@@ -23,13 +24,13 @@ def main(arguments: Sequence[str]) -> int:
     """Read texts, predict, write the input's columns with `predicted` and `probabilities`."""
     options = parser(
         "predict",
-        "Label texts with a finished run. Input in any format of a corpus, or JSON lines on standard input (-); the "
-        "columns are those of the run's configuration. Output: the input's columns with predicted, probability, and "
-        "probabilities (in tables p_LABEL for each label). Where the input has a column of such a name, it is kept and "
-        "the new ones end with _2.",
+        "Label texts with a finished run, or with the mean of several (--run A --run B). Input in any format of a "
+        "corpus, or JSON lines on standard input (-); the columns are those of the (first) run's configuration. "
+        "Output: the input's columns with predicted, probability, and probabilities (in tables p_LABEL for each "
+        "label). Where the input has a column of such a name, it is kept and the new ones end with _2.",
         "python -m irtune predict --run runs/mine --input new.csv --output labelled.csv",
     )
-    add_run(options)
+    add_run(options, several=True)
     options.add_argument(
         "--input", required=True, type=_path_or_dash, help="file, or - for JSON lines on standard input"
     )
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = _rows(given.input)
         if target is not None:
             _check_cells(rows, given.input, target)
-        run = load_run(given.run, world.device, trusted=trusted(given))
+        run = open_runs(given.run, world.device, trusted(given))
         if given.after is not None and run.config.data.after is None:
             raise ConfigError(
                 f"--after {given.after!r}: the run was trained on single texts (data.after is null); leave it out"
@@ -125,7 +126,9 @@ def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) 
     return examples
 
 
-def _write(target: Path | None, rows: NumberedRows, probabilities: list[list[float]], run: LoadedRun) -> None:
+def _write(
+    target: Path | None, rows: NumberedRows, probabilities: list[list[float]], run: LoadedRun | Ensemble
+) -> None:
     """Write to `target`, complete or not at all; None: standard output."""
     lists = target is None or target.suffix.lower() == ".jsonl"
     names = list(dict.fromkeys(name for _, row in rows for name in row))

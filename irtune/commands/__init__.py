@@ -15,7 +15,8 @@ COMMANDS = {
     "doctor": ("doctor", "versions, accelerators, interfaces, speed of all-reduce, and what is wrong"),
     "data": (
         "data",
-        "`data stats`: rows, labels, lengths, duplicates, leakage; `data baseline`: what is easily reached",
+        "`data stats`: rows, labels, lengths, duplicates, leakage; `data baseline`: what is easily reached; `data "
+        "curate`: labels that are probably wrong",
     ),
     "compare": ("compare", "methods, adapters, corpora and seeds side by side"),
     "crossvalidate": ("crossvalidate", "stratified k-fold training on a small corpus"),

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -106,6 +107,17 @@ def at_least(least: int, most: int = 999_999) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def a_share(text: str) -> float:
+    """The type of an option that takes a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r}; accepted: a number from 0 to 1")
+    return number
 
 
 @contextlib.contextmanager

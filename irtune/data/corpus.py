@@ -54,7 +54,7 @@ def read_corpus(data: DataConfig) -> Corpus:
         DataError: for missing files, columns, splits or rows, labels that are unknown or appear only outside the
             training split, and cells that are not text. Names the file, row, column and value.
     """
-    tables = _find_splits(data)
+    tables = find_splits(data)
     if data.fold is not None or "dev" not in tables:
         tables |= _held_out(tables, data)
     labels = _label_names(tables, data)
@@ -130,35 +130,50 @@ def _examples(records: list[Record], split: str, where: str, data: DataConfig, i
 
 def _held_out(tables: Tables, data: DataConfig) -> Tables:
     """Train and dev split by `data.fold` or `data.dev_fraction`: no document is in both."""
-    joined = [(split, record) for split in ("train", "dev") for record in tables.get(split, ("", []))[1]]
     where = tables["train"][0]
-    groups = [f"{split}:{record.number}" if record.group is None else record.group for split, record in joined]
     if data.fold is None:
+        records = tables["train"][1]
+        groups = [f"train:{record.number}" if record.group is None else record.group for record in records]
         share = data.dev_fraction or 0.1
-        out, remark = draw_share([record.label for _, record in joined], groups, share, data.split_seed)
+        out, remark = draw_share([record.label for record in records], groups, share, data.split_seed)
         if remark is not None:
             log.warning("%s: %s", where, remark)
         if not any(out):
             what = "no whole document can leave" if data.group else "each label has only one example in"
             raise DataError(f"{where}: data.dev_fraction {share:g} makes no dev split: {what} the training split")
-        rows = [(record, held) for (_, record), held in zip(joined, out)]
+        rows = list(zip(records, out))
         return {"train": (where, [r for r, held in rows if not held]), "dev": (where, [r for r, held in rows if held])}
     held_out, folds = (int(part) for part in data.fold.split("/"))
-    if folds > len(set(groups)):
-        what = "documents" if data.group else "examples"
-        raise DataError(f"{where}: {folds} folds need at least as many {what}, not {len(set(groups))}")
-    place = fold_of([record.raw for _, record in joined], groups, folds, data.split_seed)
-    # Numbers continue after those of the training file, so that ids made of them stay different.
-    last = max(record.number for _, record in joined)
-    records = [record if split == "train" else replace(record, number=last + record.number) for split, record in joined]
+    records, place = fold_records(tables, data, folds)
     dev = [record for record, fold in zip(records, place) if fold == held_out - 1]
     if not dev:
         raise DataError(f"{where}: too few examples of each label for {folds} folds; use fewer, or a larger corpus")
     return {"train": (where, [r for r, fold in zip(records, place) if fold != held_out - 1]), "dev": (where, dev)}
 
 
-def _find_splits(data: DataConfig) -> Tables:
-    """Rows of each split with the place they come from, for messages."""
+def fold_records(tables: Tables, data: DataConfig, folds: int) -> tuple[list[Record], list[int]]:
+    """Records of the train and then the dev split, numbered through, and the fold of each, as `fold_of` draws it.
+
+    Raises:
+        DataError: for more folds than documents or examples.
+    """
+    joined = [(split, record) for split in ("train", "dev") for record in tables.get(split, ("", []))[1]]
+    groups = [f"{split}:{record.number}" if record.group is None else record.group for split, record in joined]
+    if folds > len(set(groups)):
+        what = "documents" if data.group else "examples"
+        raise DataError(f"{tables['train'][0]}: {folds} folds need at least as many {what}, not {len(set(groups))}")
+    place = fold_of([record.raw for _, record in joined], groups, folds, data.split_seed)
+    # Numbers continue after those of the training file, so that ids made of them stay different.
+    last = max(record.number for _, record in joined)
+    return [r if split == "train" else replace(r, number=last + r.number) for split, r in joined], place
+
+
+def find_splits(data: DataConfig) -> Tables:
+    """Rows of each split with the place they come from, for messages, before a dev split is made of any.
+
+    Raises:
+        DataError: as `read_corpus`, for files and rows.
+    """
     found: Tables = {}
     for split in SPLITS:
         named = getattr(data, split)

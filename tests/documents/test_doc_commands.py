@@ -138,6 +138,7 @@ ELSEWHERE = {
     r"python benchmarks/nodes\.py": "tests/jobs/test_nodes.py::test_the_cable_carries_what_the_plan_says",
     r"python benchmarks/scaling\.py": "tests/benchmarks/test_scaling.py::test_the_page_has_the_table",
     r"python -m irtune crossvalidate ": "tests/commands/test_commands.py::test_crossvalidation_holds_every_example_out_once",  # noqa: E501
+    r"python -m irtune data curate ": "tests/commands/test_curate.py::test_the_new_corpus_is_read_like_the_old_one",
     r"python -m irtune doctor$": "tests/commands/test_doctor.py::test_it_measures_between_ranks",
     r"(\w+=\S+ )*bash launch/multinode_deepspeed\.sh ": "tests/jobs/test_launch.py::test_two_hosts_train",
     r"(\w+=\S+ )*bash launch/torchrun_node\.sh ": "tests/jobs/test_launch.py::"

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
         "data",
         "stats: rows, labels, lengths, duplicates and leakage between splits of a corpus. baseline: what the most "
         "frequent label and a linear model of the changed words reach on dev. Columns and presets are set as for "
-        "training (--data.preset, --data.before, ...).",
+        "training (--data.preset, --data.before, ...). curate has a --help of its own.",
         "python -m irtune data stats --data corpus/ --data.preset iterater-human",
         trainer=True,
     )

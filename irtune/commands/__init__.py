@@ -18,6 +18,7 @@ COMMANDS = {
         "`data stats`: rows, labels, lengths, duplicates, leakage; `data baseline`: what is easily reached; `data "
         "curate`: labels that are probably wrong",
     ),
+    "pseudo": ("pseudo", "label texts by the vote of several runs, to train on them"),
     "compare": ("compare", "methods, adapters, corpora and seeds side by side"),
     "crossvalidate": ("crossvalidate", "stratified k-fold training on a small corpus"),
 }

@@ -62,10 +62,15 @@ def add_run(options: argparse.ArgumentParser, *, several: bool = False) -> None:
 
 
 def add_folder(options: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """--run, and what a run's folder may not decide by itself."""
+    """--run, and `add_trust`."""
     what = "folder of a finished run (its run.output_dir), or an export"
     more = "; given several times, the runs' probabilities are averaged" if several else ""
     options.add_argument("--run", required=True, type=a_path, action="append" if several else "store", help=what + more)
+    add_trust(options)
+
+
+def add_trust(options: argparse.ArgumentParser) -> None:
+    """What a run's folder may not decide by itself."""
     for risk in RISKS:
         options.add_argument(f"--{risk}", action="store_true", help=f"the run's model.{risk} is meant")
 

@@ -108,8 +108,14 @@ def _check_cells(rows: NumberedRows, source: Path | str, target: Path) -> None:
                     raise DataError(f"{place}: {what}; accepted: .jsonl") from None
 
 
-def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) -> list[Example]:
-    """Examples without labels from rows.
+def to_examples(
+    rows: NumberedRows,
+    where: str,
+    before: str,
+    after: str | None,
+    advice: str = "name others with --before and --after",
+) -> list[Example]:
+    """Examples without labels from rows; their ids are the numbers of the rows.
 
     Raises:
         DataError: for a column that is missing or a cell that is not text; names file, row and column.
@@ -119,7 +125,7 @@ def to_examples(rows: NumberedRows, where: str, before: str, after: str | None) 
         texts = []
         for column in (before, after) if after is not None else (before,):
             if column not in row:
-                known = f"columns: {listed(row)}; name others with --before and --after"
+                known = f"columns: {listed(row)}; {advice}"
                 raise DataError(f"{where}, row {number}: no column {column!r}; {known}")
             texts.append(as_text(row[column], f"{where}, row {number}, column {column!r}"))
         examples.append(Example(str(number), texts[0], texts[1] if after is not None else None, 0))

@@ -119,6 +119,9 @@ class DataConfig:
     """File of the development split, when it is not found by data.path."""
     test: str | None = None
     """File of the test split, when it is not found by data.path. Evaluated once, at the end."""
+    pseudo: str | None = None
+    """File that `python -m irtune pseudo` wrote: its rows train along with the training split. They are never in dev,
+    test or a fold, and class counts leave them out."""
     before: str = "before"
     """Column with the text before the revision (or the only text)."""
     after: str | None = "after"

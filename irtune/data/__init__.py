@@ -8,7 +8,7 @@ from irtune.data.batches import (
     padded_lengths,
     total_steps,
 )
-from irtune.data.corpus import Corpus, Example, corpus_digest, read_corpus, read_split
+from irtune.data.corpus import Corpus, Example, check_apart, corpus_digest, read_corpus, read_split
 from irtune.data.prompts import Encoded, Encoder
 from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
 
@@ -20,6 +20,7 @@ __all__ = [
     "Example",
     "NumberedRows",
     "build_sampler",
+    "check_apart",
     "collate",
     "corpus_digest",
     "evaluation_batches",

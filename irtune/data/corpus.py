@@ -25,7 +25,7 @@ log = logging.getLogger("irtune")
 class Example:
     """One revision: a text before, a text after (None for single texts), the number of its label, its document.
 
-    weight: how much it counts in the training loss.
+    weight: how much it counts in the training loss. pseudo: its label is a prediction (data.pseudo).
     """
 
     id: str
@@ -34,6 +34,7 @@ class Example:
     label: int
     group: str | None = None
     weight: float = 1.0
+    pseudo: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,38 @@ def read_corpus(data: DataConfig) -> Corpus:
     for split, examples in splits.items():
         if split != "train":
             warn_of_missing_labels(examples, split, labels)
+    if data.pseudo is not None:
+        splits["train"] = splits["train"] + _pseudo_examples(data, splits, index)
     return Corpus(splits, labels)
+
+
+def _pseudo_examples(data: DataConfig, splits: dict[str, list[Example]], index: dict[str, int]) -> list[Example]:
+    """The rows of data.pseudo, which carry labels by their names in this corpus."""
+    plain = replace(data, labels=list(index), drop_labels=[], group=None, weight=None)
+    where, records = _read_files([Path(str(data.pseudo)).expanduser()], plain)
+    examples = [
+        Example(f"pseudo:{record.number}", record.before, record.after, index[record.label], pseudo=True)
+        for record in records
+    ]
+    check_apart(examples, splits, f"data.pseudo {where}")
+    return examples
+
+
+def check_apart(examples: Sequence[Example], splits: dict[str, list[Example]], where: str) -> None:
+    """Look whether `examples`, whose ids tell their rows in `where`, share no text with dev or test.
+
+    Raises:
+        DataError: naming the first that does.
+    """
+    for split in ("dev", "test"):
+        held_out = {(example.before, example.after): example.id for example in splits.get(split, [])}
+        for example in examples:
+            if (example.before, example.after) in held_out:
+                there = held_out[example.before, example.after]
+                raise DataError(
+                    f"{where}, row {example.id.rpartition(':')[2]}: the same text is in the {split} split ({there}), "
+                    "which nothing may train on; remove the row"
+                )
 
 
 def warn_of_missing_labels(examples: Sequence[Example], split: str, labels: Sequence[str]) -> None:
@@ -276,4 +308,6 @@ def corpus_digest(corpus: Corpus) -> str:
             found.update(repr((one.id, one.before, one.after, one.label, one.group)).encode("utf-8", "surrogatepass"))
             if one.weight != 1:
                 found.update(f"\0weight {one.weight!r}\0".encode())
+            if one.pseudo:
+                found.update(b"\0pseudo\0")
     return found.hexdigest()

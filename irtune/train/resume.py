@@ -86,7 +86,7 @@ def _lengthened(state: dict[str, Any], identity: dict[str, Any]) -> bool:
 def run_identity(config: Config, corpus: Corpus, sampler: BatchSampler, max_steps: int) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
     optim = {key: value for key, value in vars(config.optim).items() if key not in DERIVED}
-    places = ("path", "config", "train", "dev", "test")
+    places = ("path", "config", "train", "dev", "test", "pseudo")
     return {
         "model": {key: value for key, value in vars(config.model).items() if key not in HARMLESS},
         "adapter": vars(config.adapter),

@@ -69,8 +69,8 @@ class TrainingData:
         return [[self.corpus.splits["train"][i].id for i in positions] for positions in mine]
 
     def label_counts(self) -> list[int]:
-        """Training examples of each class."""
-        labels = [example.label for example in self.corpus.splits["train"]]
+        """Training examples of each class, without those that have a predicted label."""
+        labels = [example.label for example in self.corpus.splits["train"] if not example.pseudo]
         return [labels.count(number) for number in range(len(self.corpus.labels))]
 
     def evaluation(self, split: str, forward: Callable[[Batch], torch.Tensor]) -> Predictions:

@@ -26,6 +26,7 @@ from irtune.memory import describe, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models import load_classifier
 from irtune.models.classifier import load_tokenizer
+from irtune.models.head_words import start_from_words
 from irtune.models.limits import check_tokens
 from irtune.models.pooling import check_pooling
 
@@ -128,6 +129,8 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     classifier = load_classifier(config.model, corpus.labels)
+    if config.model.head_init is not None:
+        start_from_words(classifier, config.model, corpus.labels)
     check_length(config, classifier)
     check_tokens(classifier, encoded.values())
     guard = watch(classifier, encoded["train"], patient=True)

@@ -36,6 +36,10 @@ class ModelConfig:
     start_from: str | None = None
     """Folder of a run, or of an adapter, whose adapter and head this run starts from, for example from a large corpus
     of lower quality to a small one. With other labels, the head starts anew. null: from fresh ones."""
+    head_init: str | None = None
+    """YAML file {label: {term: score}}, such as `python -m irtune data terms` proposes: each row of the head starts as
+    the mean of the rows that the language model's head has for the terms, times their scores, so that a decoder with
+    data.prompt instruction predicts before any training. Not for encoders. null: a random head, or zeros."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the base weights and of the computation."""
     quantization: Literal["none", "nf4", "int8"] = "none"

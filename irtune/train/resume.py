@@ -28,6 +28,7 @@ HARMLESS = (
     "trust_remote_code",
     "allow_pickle",
     "start_from",
+    "head_init",
 )
 
 

@@ -39,6 +39,7 @@ from irtune.memory import MemoryEstimate, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models import Classifier, load_classifier
 from irtune.models.anatomy import output_projections
+from irtune.models.head_words import start_from_words
 from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
 from irtune.selection import Chooser
@@ -118,6 +119,8 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     with runtime.shared_errors():
         memory = _estimate_memory(config, settings, world, corpus)
         classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
+        if config.model.head_init is not None:
+            start_from_words(classifier, config.model, corpus.labels)
         check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
     nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})

@@ -139,6 +139,8 @@ ELSEWHERE = {
     r"python benchmarks/scaling\.py": "tests/benchmarks/test_scaling.py::test_the_page_has_the_table",
     r"python -m irtune crossvalidate ": "tests/commands/test_commands.py::test_crossvalidation_holds_every_example_out_once",  # noqa: E501
     r"python -m irtune data curate ": "tests/commands/test_curate.py::test_the_new_corpus_is_read_like_the_old_one",
+    r"python -m irtune data (terms|baseline .*--model\.head_init) ": "tests/models/test_head_words.py::"
+    "test_a_run_starts_with_it_and_baseline_tells_what_it_predicts",
     r"python -m irtune pseudo ": "tests/commands/test_pseudo.py::"
     "test_the_mean_of_the_runs_labels_and_data_pseudo_reads_it",
     r"python -m irtune doctor$": "tests/commands/test_doctor.py::test_it_measures_between_ranks",

@@ -141,6 +141,7 @@ ELSEWHERE = {
     r"python -m irtune data curate ": "tests/commands/test_curate.py::test_the_new_corpus_is_read_like_the_old_one",
     r"python -m irtune data (terms|baseline .*--model\.head_init) ": "tests/models/test_head_words.py::"
     "test_a_run_starts_with_it_and_baseline_tells_what_it_predicts",
+    r"python -m irtune data select ": "tests/commands/test_select.py::test_the_most_uncertain_come_first",
     r"python -m irtune pseudo ": "tests/commands/test_pseudo.py::"
     "test_the_mean_of_the_runs_labels_and_data_pseudo_reads_it",
     r"python -m irtune doctor$": "tests/commands/test_doctor.py::test_it_measures_between_ranks",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from irtune.errors import ConfigError
 
 # What is asked for -> module of this package, with a function `main(arguments) -> exit status`.
-PARTS = {"stats": "stats", "baseline": "stats", "curate": "curate", "terms": "terms"}
+PARTS = {"stats": "stats", "baseline": "stats", "curate": "curate", "terms": "terms", "select": "select"}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
         "stats: rows, labels, lengths, duplicates and leakage between splits of a corpus. baseline: what the most "
         "frequent label, a linear model of the changed words and, with --model.head_init, an untrained head of words "
         "reach on dev. Columns and presets are set as for training (--data.preset, --data.before, ...). "
-        "curate and terms have a --help of their own.",
+        "curate, terms and select have a --help of their own.",
         "python -m irtune data stats --data corpus/ --data.preset iterater-human",
         trainer=True,
     )

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str]) -> int:
         "entropic optimal transport between what the run's head reads of both. The output has all columns of the "
         "candidates and score, the best first (got-d: the smallest). Candidates in the target's dev or test split are "
         "refused.",
-        "python -m irtune data select --method got-d --run runs/mine --candidates new.csv --count 9 --output best.jsonl",
+        "python -m irtune data select --method got-d --run runs/mine --candidates new.csv --count 99 "
+        "--output best.jsonl",
     )
     add_run(options)
     options.add_argument("--method", required=True, choices=("got-d", "uncertainty"), help="how to choose")

@@ -27,7 +27,7 @@ ranks=2
 say "IR-Tuning on $ranks rank(s) under ZeRO 2"
 deepspeed --num_gpus "$ranks" "$ROOT/train.py" --config "$ROOT/launch/recipes/quickstart.yaml" \
     --model.name_or_path "$MODEL_FOLDER" --data.path "$corpus" "${columns[@]}" \
-    --data.prompt diff --model.pooling mean+edit --optim.loss class_balanced --optim.max_steps 110 --run.eval_every 110 \
+    --optim.loss class_balanced --optim.max_steps 110 --run.eval_every 110 \
     --run.output_dir "$ROOT/runs/quickstart-$(basename "$corpus")" "$@"
 
 say "for comparison: what needs no language model"

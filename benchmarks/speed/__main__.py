@@ -122,6 +122,7 @@ def _arguments(options: argparse.Namespace, overrides: list[str], folder: Path) 
         *("--config", str(ROOT / recipe), "--deepspeed", str(ROOT / "ds_configs" / "zero2.json")),
         *("--model.name_or_path", str(model.resolve() if model.exists() else options.model)),
         *("--data.path", str(Path(data).resolve()), *length),
+        *("--data.prompt", "tagged", "--model.pooling", "class"),  # as Trainer + peft reads a pair
         *("--optim.schedule", "constant", "--optim.warmup_steps", "0", "--optim.max_steps", "1000000"),
         *("--run.eval_every", "1000000", *(("--run.log_every", "1") if options.quick else ()), *overrides),
     ]

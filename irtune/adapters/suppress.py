@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from irtune.adapters.table import LayerTable, Named
@@ -85,9 +85,8 @@ def _unscaled(table: LayerTable) -> Named:
 
 
 def _starts_at_zero(part: nn.Module) -> bool:
-    """Whether `part` is a layer of peft whose update is zero at first: PiSSA's holds a part of the weight itself."""
-    scales = isinstance(part, BaseTunerLayer) and isinstance(getattr(part, "scaling", None), dict)
-    return scales and not getattr(part, "holds_weight", False)
+    """Whether `part` is LoRA's, and its update zero at first: PiSSA's holds a part of the weight itself."""
+    return isinstance(part, LoraLayer) and not getattr(part, "holds_weight", False)
 
 
 def _scale(table: LayerTable, layers: Sequence[int], factor: float) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from irtune.config.schema import RISKS
+from irtune.config.schema import RISKS, DataConfig
+from irtune.config.tasks import SINGLE, WORDS, task_name
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
 from irtune.errors import ConfigError
@@ -123,6 +124,12 @@ def a_share(text: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text[:100]!r}; accepted: a number from 0 to 1")
     return number
+
+
+def check_single(data: DataConfig, what: str) -> None:
+    """Raise a ConfigError where `what` is asked for and the examples of a run have no single label."""
+    if task_name(data) != SINGLE:
+        raise ConfigError(f"{what} is for one label per example, and the run has {WORDS[task_name(data)]}")
 
 
 @contextlib.contextmanager

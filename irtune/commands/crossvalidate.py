@@ -12,8 +12,8 @@ from irtune.commands.compare.grid import Cell
 from irtune.commands.compare.runs import Outcome, check_folders, run_cell
 from irtune.config import load_config
 from irtune.files import write_json, write_text, writing
+from irtune.tasks import task_of
 
-METRICS = ("accuracy", "macro_f1", "auprc")
 log = logging.getLogger("irtune")
 
 
@@ -41,14 +41,15 @@ def main(arguments: Sequence[str]) -> int:
         line = [*trainer, f"--data.fold={fold}/{given.folds}", f"--run.output_dir={place}"]
         config = load_config(line)
         cells.append(Cell("", config.adapter.type, config.tuning.method, fold, place, tuple(line)))
+    names = list(task_of(config.data).headline)
     check_folders(cells)
     ranks = given.ranks or max(1, torch.cuda.device_count())
     outcomes = []
     for cell in cells:
         log.info("fold %d of %d", cell.seed, given.folds)
         outcomes.append(run_cell(cell, ranks))
-        log.info("  %s", outcomes[-1].error or _brief(outcomes[-1].results))
-    found = summary(outcomes)
+        log.info("  %s", outcomes[-1].error or _brief(outcomes[-1].results, names))
+    found = summary(outcomes, names)
     with writing(folder):
         write_json(folder / "crossvalidate.json", found)
         write_text(folder / "crossvalidate.md", _markdown(found))
@@ -56,10 +57,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(outcome.results for outcome in outcomes) else 1
 
 
-def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def summary(outcomes: Sequence[Outcome], names: Sequence[str]) -> dict[str, Any]:
     """Mean, standard deviation and values of each dev metric over the folds that finished; errors of the others."""
     good = [(outcome.cell.seed, outcome.results["dev"]) for outcome in outcomes if outcome.results]
-    values = {name: {str(fold): dev[name] for fold, dev in good} for name in METRICS}
+    values = {name: {str(fold): dev[name] for fold, dev in good} for name in names}
     return {
         "folds": len(outcomes),
         "metrics": {
@@ -75,9 +76,9 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _brief(results: dict[str, Any] | None) -> str:
+def _brief(results: dict[str, Any] | None, names: Sequence[str]) -> str:
     dev = results["dev"] if results else {}
-    return ", ".join(f"{name} {dev[name]:.3f}" for name in METRICS)
+    return ", ".join(f"{name} {dev[name]:.3f}" for name in names)
 
 
 def _markdown(found: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from irtune.commands.common import a_path, add_json, add_run, parser, ranks, show, show_json, table, trusted
@@ -20,6 +21,7 @@ from irtune.files import replacing, write_json, writing
 from irtune.tracking.pictures import confusion_map
 
 MISTAKES = 20
+CALIBRATION = "expected_calibration_error"
 BINS = 15  # of the calibration error, as Guo et al. (ICML 2017) have it
 
 
@@ -28,8 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parser(
         "evaluate",
         "Metrics of a finished run, or of the mean of several (--run A --run B), on a corpus: accuracy, macro and "
-        "per-class scores, AUPRC, 95 % bootstrap intervals, "
-        "expected calibration error, confusion matrix (also as PNG) and the 20 most confident mistakes.",
+        "per-class scores, AUPRC, 95 % bootstrap intervals, expected calibration error, confusion matrix (also as PNG) "
+        "and the 20 most confident mistakes. Where an example has a set of labels: without the error and the matrix; "
+        "of values: Pearson, Spearman, R2 and the largest errors.",
         "python -m irtune evaluate --run runs/mine --data corpus/ --split test",
     )
     add_run(options, several=True)
@@ -55,9 +58,10 @@ def main(arguments: Sequence[str]) -> int:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / "evaluation.json", found)
-                with replacing(folder / "confusion_matrix.png") as scratch:
-                    confusion_map(found["confusion_matrix"], run.labels).savefig(scratch, dpi=120)
-            show_json(found) if given.json else show(_text(found, run.labels, folder))
+                if "confusion_matrix" in found:
+                    with replacing(folder / "confusion_matrix.png") as scratch:
+                        confusion_map(found["confusion_matrix"], run.labels).savefig(scratch, dpi=120)
+            show_json(found) if given.json else show(_text(found, run, folder))
     return 0
 
 
@@ -68,59 +72,72 @@ def _same(one: str, other: str | None) -> bool:
 
 def evaluate(run: LoadedRun | Ensemble, examples: Sequence[Example], predictions: Predictions) -> dict[str, Any]:
     """Everything that is reported, in plain JSON types."""
-    predicted = predictions.logits.argmax(-1)
-    probabilities = predictions.probabilities
-    wrong = (predicted != predictions.labels).nonzero().flatten().tolist()
-    wrong.sort(key=lambda i: -float(probabilities[i].max()))
-    calibration = multiclass_calibration_error(probabilities, predictions.labels, len(run.labels), n_bins=BINS)
+    task, labels = predictions.task, predictions.labels
+    predicted = task.predicted(predictions.logits)
+    wrong = (predicted != labels).view(len(labels), -1).any(1)
+    confidence = task.confidence(predictions)
+    order = sorted(wrong.nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))
     return metrics(predictions, run.labels) | {
-        "intervals_95": intervals(predictions.labels.tolist(), predicted.tolist(), len(run.labels)),
-        "expected_calibration_error": float(calibration),
+        **_certainty(predictions, predicted, len(run.labels)),
         "most_confident_mistakes": [
             {
                 "id": examples[i].id,
-                "label": run.labels[examples[i].label],
-                "predicted": run.labels[int(predicted[i])],
-                "probability": round(float(probabilities[i].max()), 4),
+                "label": task.shown(examples[i].label, run.labels),
+                "predicted": task.written(predictions.probabilities[i], run.labels)["predicted"],
+                task.mistake: round(float(confidence[i]), 4),
                 "before": examples[i].before,
                 "after": examples[i].after,
             }
-            for i in wrong[:MISTAKES]
+            for i in order[:MISTAKES]
         ],
     }
 
 
-def _text(found: dict[str, Any], labels: Sequence[str], folder: Path) -> str:
-    low_high = found["intervals_95"]
-    rows = [
-        [
-            label,
-            *(f"{row[name]:.3f}" for name in ("precision", "recall", "f1", "average_precision")),
-            str(row["examples"]),
-        ]
-        for label, row in found["per_class"].items()
+def _certainty(predictions: Predictions, predicted: torch.Tensor, classes: int) -> dict[str, Any]:
+    """Bootstrap intervals of labels, and the calibration error where each example has one."""
+    if predictions.positives is None:
+        return {}
+    found: dict[str, Any] = {"intervals_95": intervals(predictions.labels.numpy(), predicted.numpy(), classes)}
+    if predictions.labels.dim() == 1:
+        error = multiclass_calibration_error(predictions.probabilities, predictions.labels, classes, n_bins=BINS)
+        found[CALIBRATION] = float(error)
+    return found
+
+
+def _text(found: dict[str, Any], run: LoadedRun | Ensemble, folder: Path) -> str:
+    intervals_95, task = found.get("intervals_95", {}), run.task
+
+    def headline(name: str, words: str) -> str:
+        low_high = intervals_95.get(name)
+        return f"{words} {found[name]:.3f}" + (f" [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else "")
+
+    lines = [
+        f"{found['examples']} examples of {found['data']} ({found['split']})",
+        "  ".join(headline(name, words) for name, words in task.headline.items())
+        + (f"  calibration error {found[CALIBRATION]:.3f}" if CALIBRATION in found else ""),
+        "",
     ]
-    confusion = [[label, *map(str, line)] for label, line in zip(labels, found["confusion_matrix"])]
+    if intervals_95:
+        names = ("precision", "recall", "f1", "average_precision")
+        rows = [
+            [label, *(f"{row[name]:.3f}" for name in names), str(row["examples"])]
+            for label, row in found["per_class"].items()
+        ]
+        lines += [table(["label", "precision", "recall", "F1", "AP", "examples"], rows), ""]
+    if "confusion_matrix" in found:
+        confusion = [[label, *map(str, line)] for label, line in zip(run.labels, found["confusion_matrix"])]
+        lines += ["confusion matrix (rows: label, columns: predicted)", table(["", *run.labels], confusion), ""]
     mistakes = [
-        f"  {m['id']}: {m['label']} taken for {m['predicted']} ({m['probability']:.2f}): {_short(m['before'])!r} -> "
-        f"{_short(m['after'])!r}"
+        f"  {m['id']}: {_words(m['label'])} taken for {_words(m['predicted'])} ({m[task.mistake]:.2f}): "
+        f"{_short(m['before'])!r} -> {_short(m['after'])!r}"
         for m in found["most_confident_mistakes"]
     ]
-    return "\n".join([
-        f"{found['examples']} examples of {found['data']} ({found['split']})",
-        f"accuracy {found['accuracy']:.3f} [{low_high['accuracy'][0]:.3f}, {low_high['accuracy'][1]:.3f}]  "
-        f"macro-F1 {found['macro_f1']:.3f} [{low_high['macro_f1'][0]:.3f}, {low_high['macro_f1'][1]:.3f}]  "
-        f"AUPRC {found['auprc']:.3f}  calibration error {found['expected_calibration_error']:.3f}",
-        "",
-        table(["label", "precision", "recall", "F1", "AP", "examples"], rows),
-        "",
-        "confusion matrix (rows: label, columns: predicted)",
-        table(["", *labels], confusion),
-        "",
-        f"most confident mistakes ({len(mistakes)}):",
-        *mistakes,
-        f"written to {folder}",
-    ])  # fmt: skip
+    what = "most confident mistakes" if intervals_95 else "largest errors"
+    return "\n".join([*lines, f"{what} ({len(mistakes)}):", *mistakes, f"written to {folder}"])
+
+
+def _words(label: Any) -> str:
+    return (" + ".join(label) or "no label") if isinstance(label, list) else str(label)
 
 
 def _short(text: str | None) -> str:

@@ -30,6 +30,7 @@ from irtune.models.classifier import load_tokenizer
 from irtune.models.files import find_source
 from irtune.models.padding import pools_last_place, suit_pooling
 from irtune.models.pooling import HEAD_FILE, load_head, pooling_of, save_head
+from irtune.tasks import task_of
 
 TOLERANCE = 1e-4  # largest difference of a probability between the run's model and the merged one, both in fp32
 PROBES = (
@@ -92,10 +93,15 @@ def _describe(
     exported = Config(
         model=model,
         adapter=config.adapter,
-        data=dataclasses.replace(config.data, path=corpus, train=None, dev=None, test=None),
+        data=dataclasses.replace(config.data, path=corpus, train=None, dev=None, test=None, synonyms=None),
         tuning=config.tuning,
         optim=config.optim,
-        run=RunConfig(output_dir=Path(config.run.output_dir).name, seed=config.run.seed),
+        run=RunConfig(
+            output_dir=Path(config.run.output_dir).name,
+            seed=config.run.seed,
+            best_metric=config.run.best_metric,
+            thresholds=config.run.thresholds,
+        ),
     )
     write_config(exported, target / "config.yaml")
     write_json(target / "results.json", results)
@@ -142,4 +148,4 @@ def _probabilities(run: LoadedRun, model: nn.Module) -> torch.Tensor:
     after = run.config.data.after is not None
     probes = [probe if after else dataclasses.replace(probe, before=probe.before + "a", after=None) for probe in PROBES]
     batch = collate([run.encoder.encode(probe) for probe in probes], int(run.classifier.tokenizer.pad_token_id))  # type: ignore[arg-type]
-    return model(**batch).logits.softmax(-1)
+    return task_of(run.config.data).scores(model(**batch).logits)

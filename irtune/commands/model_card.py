@@ -9,6 +9,7 @@ from typing import Any
 from irtune.config import Config, ModelConfig
 from irtune.config.declarations import adapter_kinds
 from irtune.data import Encoder, Example
+from irtune.tasks import task_of
 
 PAIRS = (("He go to school every day.", "He goes to school every day."), ("", "A sentence was added here."))
 FOLDER = "THIS_FOLDER"  # stands for the export's own folder in the code
@@ -20,8 +21,11 @@ def model_card(
     """The text of README.md. padding_side: where the model wants its padding, right or left."""
     labels = list(results["dev"]["per_class"])
     pooled = config.model.pooling != "class"
+    task = task_of(config.data)
     base, peft = config.model.name_or_path, adapter_kinds()[config.adapter.type].peft_format and not pooled
-    if pooled and merged and encoder.marks_edits:
+    if task.name != "single_label":
+        code = _irtune_code(config)
+    elif pooled and merged and encoder.marks_edits:
         code = _pooled_code(config.model, labels)
     elif (merged or peft) and not pooled and _is_simple(encoder):
         code = _transformers_code(config, labels, encoder, merged=merged, padding_side=padding_side)
@@ -29,8 +33,7 @@ def model_card(
         code = _irtune_code(config)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     rows = [
-        f"| {split} | {values['examples']} | "
-        f"{values['accuracy']:.3f} | {values['macro_f1']:.3f} | {values['auprc']:.3f} |"
+        f"| {split} | {values['examples']} | " + " | ".join(f"{values[name]:.3f}" for name in task.headline) + " |"
         for split, values in results.items()
         if split in ("dev", "test")
     ]
@@ -51,7 +54,7 @@ def model_card(
         f"{results['layers_trained_per_step']:.1f} of {results['num_layers']} layers per step. Layers ever trained: "
         f"{', '.join(ever) or 'none'}.",
         "",
-        f"Classes: {', '.join(labels)}.",
+        f"{task.heading}: {', '.join(labels)}.",
         "",
         "## Data",
         "",
@@ -62,8 +65,8 @@ def model_card(
         "",
         "## Metrics",
         "",
-        "| split | examples | accuracy | macro-F1 | AUPRC |",
-        "| --- | --- | --- | --- | --- |",
+        f"| split | examples | {' | '.join(task.headline.values())} |",
+        "| --- " * (2 + len(task.headline)) + "|",
         *rows,
         "",
         "## Use",
@@ -181,7 +184,8 @@ def _encode_text() -> list[str]:
 
 
 def _irtune_code(config: Config) -> str:
-    """Code for what only irtune can load."""
+    """Code for what only irtune can load, or decide."""
+    task = task_of(config.data)
     pair = config.data.after is not None
     trust = [risk for risk in ("trust_remote_code", "allow_pickle") if getattr(config.model, risk)]
     more = f", trusted={trust!r}" if trust else ""
@@ -194,11 +198,13 @@ def _irtune_code(config: Config) -> str:
         "",
         f'run = load_run(Path("{FOLDER}"), torch.device("cpu"){more})',
         *_examples(pair),
-        f"rows = [Example(str(number), {'*example' if pair else 'example[0], None'}, 0) "
+        f"rows = [Example(str(number), {'*example' if pair else 'example[0], None'}, {task.blank!r}) "
         "for number, example in enumerate(examples)]",
         "probabilities = run.predict(rows, batch_size=16).probabilities",
         "for example, row in zip(examples, probabilities):",
-        "    print(run.labels[int(row.argmax())], round(float(row.max()), 3), example)",
+        "    print(run.labels[int(row.argmax())], round(float(row.max()), 3), example)"
+        if task.name == "single_label"
+        else '    print(run.task.written(row, run.labels)["predicted"], example)',
     ])  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from irtune.errors import ConfigError, DataError
 from irtune.evaluation.ensemble import Ensemble, open_runs
 from irtune.evaluation.saved_run import LoadedRun
 from irtune.files import to_json, write_text, writing
+from irtune.tasks.base import Label
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
@@ -27,7 +28,8 @@ def main(arguments: Sequence[str]) -> int:
         "Label texts with a finished run, or with the mean of several (--run A --run B). Input in any format of a "
         "corpus, or JSON lines on standard input (-); the columns are those of the (first) run's configuration. "
         "Output: the input's columns with predicted, probability, and probabilities (in tables p_LABEL for each "
-        "label). Where the input has a column of such a name, it is kept and the new ones end with _2.",
+        "label); of a set of labels no single probability, and of a value predicted only. Where the input has a column "
+        "of such a name, it is kept and the new ones end with _2.",
         "python -m irtune predict --run runs/mine --input new.csv --output labelled.csv",
     )
     add_run(options, several=True)
@@ -57,12 +59,12 @@ def main(arguments: Sequence[str]) -> int:
                 f"--after {given.after!r}: the run was trained on single texts (data.after is null); leave it out"
             )
         columns = (given.before or run.config.data.before, given.after or run.config.data.after)
-        examples = to_examples(rows, str(given.input), *columns)
+        examples = to_examples(rows, str(given.input), *columns, run.task.blank)
         started = time.perf_counter()
-        probabilities = run.predict(examples, given.batch_size).probabilities.tolist()
+        scores = run.predict(examples, given.batch_size).probabilities
         seconds = time.perf_counter() - started
         if world.is_main:
-            _write(target, rows, probabilities, run)
+            _write(target, rows, [run.task.written(row, run.labels) for row in scores], run)
             counted = f"{len(rows)} example{'s' if len(rows) > 1 else ''}"
             sys.stderr.write(f"{counted} in {seconds:.1f} s ({len(rows) / seconds:.1f} examples/s)\n")
     return 0
@@ -113,9 +115,10 @@ def to_examples(
     where: str,
     before: str,
     after: str | None,
+    label: Label = 0,
     advice: str = "name others with --before and --after",
 ) -> list[Example]:
-    """Examples without labels from rows; their ids are the numbers of the rows.
+    """Examples from rows, whose ids are the rows' numbers; their label, which nobody knows, is `label`.
 
     Raises:
         DataError: for a column that is missing or a cell that is not text; names file, row and column.
@@ -128,25 +131,21 @@ def to_examples(
                 known = f"columns: {listed(row)}; {advice}"
                 raise DataError(f"{where}, row {number}: no column {column!r}; {known}")
             texts.append(as_text(row[column], f"{where}, row {number}, column {column!r}"))
-        examples.append(Example(str(number), texts[0], texts[1] if after is not None else None, 0))
+        examples.append(Example(str(number), texts[0], texts[1] if after is not None else None, label))
     return examples
 
 
-def _write(
-    target: Path | None, rows: NumberedRows, probabilities: list[list[float]], run: LoadedRun | Ensemble
-) -> None:
-    """Write to `target`, complete or not at all; None: standard output."""
+def _write(target: Path | None, rows: NumberedRows, found: list[dict[str, Any]], run: LoadedRun | Ensemble) -> None:
+    """Write rows and what `Task.written` gave to `target`, complete or not at all; None: standard output."""
     lists = target is None or target.suffix.lower() == ".jsonl"
     names = list(dict.fromkeys(name for _, row in rows for name in row))
-    new = ["predicted", "probability", *(["probabilities"] if lists else [f"p_{label}" for label in run.labels])]
+    if not lists:
+        found = [_flat(values, run.config.data.label_separator) for values in found]
+    new = list(found[0])
     suffix = free_suffix(new, names)
-    records = []
-    for (_, row), values in zip(rows, probabilities):
-        best = max(range(len(values)), key=values.__getitem__)
-        found = [run.labels[best], round(values[best], 6)]
-        every = [round(value, 6) for value in values]
-        found += [dict(zip(run.labels, every))] if lists else every
-        records.append(row | {f"{name}{suffix}": value for name, value in zip(new, found)})
+    records = [
+        row | {f"{name}{suffix}": value for name, value in values.items()} for (_, row), values in zip(rows, found)
+    ]
     if suffix:
         kept = [name for name in new if name in names]
         columns = f"column {listed(kept)} is" if len(kept) == 1 else f"columns {listed(kept)} are"
@@ -163,6 +162,14 @@ def _write(
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
+
+
+def _flat(values: dict[str, Any], separator: str | None) -> dict[str, Any]:
+    """A prediction as cells of a table: a set of labels as the run's corpus has it, a column for each probability."""
+    flat = {name: value for name, value in values.items() if name != "probabilities"}
+    if isinstance(flat["predicted"], list) and separator is not None:
+        flat["predicted"] = separator.join(flat["predicted"])
+    return flat | {f"p_{label}": value for label, value in values.get("probabilities", {}).items()}
 
 
 def _table(header: list[str], records: list[dict[str, Any]], delimiter: str) -> str:

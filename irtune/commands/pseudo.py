@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from irtune.commands.common import a_path, a_share, add_trust, at_least, parser, ranks, trusted
+from irtune.commands.common import a_path, a_share, add_trust, at_least, check_single, parser, ranks, trusted
 from irtune.commands.predict import to_examples
 from irtune.data import check_apart, read_corpus, read_table
 from irtune.distributed import runtime
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
             rows, where = read_table(given.unlabelled), str(given.unlabelled)
             run = open_runs(given.runs, world.device, trusted(given))
             data = run.config.data
-            examples = to_examples(rows, where, data.before, data.after, "rename those with the texts")
+            check_single(data, "pseudo")
+            examples = to_examples(rows, where, data.before, data.after, advice="rename those with the texts")
             for folder in given.runs:
                 check_apart(examples, read_corpus(read_run(folder)[0].data).splits, where)
         probabilities = run.predict(examples, given.batch_size).probabilities

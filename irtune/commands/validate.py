@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
@@ -15,7 +16,7 @@ from irtune.config.checks import pools_edits
 from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.config.warmup import warmup_length
-from irtune.data import Corpus, Encoder, build_sampler, read_corpus, total_steps
+from irtune.data import Corpus, Encoder, build_sampler, read_corpus, read_synonyms, total_steps
 from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.engine.losses import class_weights
@@ -29,6 +30,7 @@ from irtune.models.classifier import load_tokenizer
 from irtune.models.head_words import start_from_words
 from irtune.models.limits import check_tokens
 from irtune.models.pooling import check_pooling
+from irtune.tasks import SINGLE_LABEL
 
 SHOWN = 3
 RARE = 20
@@ -65,6 +67,8 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     corpus = _tried(lambda: read_corpus(config.data), problems)
     if corpus:
         _tried(lambda: class_weights(config.optim, corpus.labels), problems)
+    if config.data.synonyms is not None:
+        _tried(lambda: read_synonyms(Path(str(config.data.synonyms)).expanduser()), problems)
     tokenizer = _tried(lambda: load_tokenizer(config.model), problems)
     encoder = encoded = sampler = None
     if tokenizer:
@@ -91,7 +95,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
     return {
         "warnings": _warnings(corpus, sum(full), steps, config) + ([short] if short else []),
         "examples": {split: len(rows) for split, rows in corpus.splits.items()},
-        "labels": dict(Counter(corpus.labels[example.label] for example in corpus.splits["train"])),
+        "labels": dict(_label_counts(corpus)),
         "batch": {
             "micro_batch_size": None if config.optim.micro_batch_tokens else config.optim.micro_batch_size,
             "micro_batch_tokens": config.optim.micro_batch_tokens,
@@ -110,7 +114,7 @@ def validate(config: Config, ranks: int) -> dict[str, Any]:
         "first_examples": [
             {
                 "id": example.id,
-                "label": corpus.labels[example.label],
+                "label": corpus.task.shown(example.label, corpus.labels),
                 "tokens": len(item["input_ids"]),
                 "edit_tokens": sum(item["edit_mask"]) if "edit_mask" in item else None,
                 "text": tokenizer.decode(item["input_ids"]),
@@ -128,7 +132,7 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    classifier = load_classifier(config.model, corpus.labels)
+    classifier = load_classifier(config.model, corpus.labels, problem_type=corpus.task.problem_type)
     if config.model.head_init is not None:
         start_from_words(classifier, config.model, corpus.labels)
     check_length(config, classifier)
@@ -150,13 +154,20 @@ def _tried(build: Any, problems: list[str]) -> Any:
         return None
 
 
+def _label_counts(corpus: Corpus) -> Counter[str]:
+    """Training examples of each label."""
+    numbers = corpus.task.numbers
+    return Counter(corpus.labels[n] for example in corpus.splits["train"] for n in numbers(example.label))
+
+
 def _warnings(corpus: Corpus, at_limit: int, steps: int, config: Config) -> list[str]:
-    counts = Counter(corpus.labels[example.label] for example in corpus.splits["train"])
+    counts = _label_counts(corpus)
     rare = [f"{label} ({counts[label]})" for label in corpus.labels if counts[label] < RARE]
     warnings = []
     if rare:
         warnings.append(
-            f"labels with fewer than {RARE} training examples: {', '.join(rare)}; see optim.loss class_balanced"
+            f"labels with fewer than {RARE} training examples: {', '.join(rare)}"
+            + ("; see optim.loss class_balanced" if corpus.task is SINGLE_LABEL else "")
         )
     if at_limit:
         share = at_limit / len(corpus.splits["train"])

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from irtune.config.declarations import Declaration, adapter_kinds, methods
-from irtune.config.schema import Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
+from irtune.config.schema import AdapterConfig, Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
+from irtune.config.tasks import task_problems
 from irtune.config.template import template_problems
 
 # Keys of zero_optimization by which ZeRO 3 rounds weights that it stores or sends.
@@ -27,6 +28,7 @@ def check_config(config: Config) -> list[str]:
         *_check_limits(config),
         *_check_data(config),
         *_check_loss(config),
+        *task_problems(config),
         *_check_declared(config, "adapter.type", adapter_kinds()),
         *_check_declared(config, "tuning.method", methods()),
         *_check_model(config),
@@ -72,6 +74,8 @@ def _check_data(config: Config) -> list[str]:
     columns = [column for column in (data.before, data.after, data.label) if column is not None]
     if len(set(columns)) != len(columns):
         problems.append(f"data.before, data.after and data.label must be different columns, not {columns}")
+    if data.synonyms is not None and data.augment == "none":
+        problems.append("data.synonyms goes with data.augment eda; remove it, or set data.augment")
     if data.weight is not None and data.weight in columns:
         problems.append(f"data.weight is {data.weight!r}, a column that is a text or the label already")
     if data.template is not None:
@@ -145,14 +149,22 @@ def check_compile(config: Config, zero: dict[str, Any], path: object) -> list[st
     return problems
 
 
-def check_parameters(parameters: list[str], zero: dict[str, Any], path: object) -> list[str]:
-    """Problems of adapter.target_parameters with the zero_optimization section of the DeepSpeed file `path`."""
-    if not parameters or zero["stage"] != 3:
+def check_adapter_sharding(adapter: AdapterConfig, zero: dict[str, Any], path: object) -> list[str]:
+    """Problems of adapters with the zero_optimization section of the DeepSpeed file `path`."""
+    kind, problems = adapter_kinds().get(adapter.type), []
+    if zero["stage"] != 3:
         return []
-    return [
-        f"adapter.target_parameters does not go with zero_optimization.stage 3 in {path}, which keeps weights in "
-        "shares; set --deepspeed to a file with stage 0, 1 or 2"
-    ]
+    if adapter.target_parameters:
+        problems.append(
+            f"adapter.target_parameters does not go with zero_optimization.stage 3 in {path}, which keeps weights in "
+            "shares; set --deepspeed to a file with stage 0, 1 or 2"
+        )
+    if kind is not None and kind.whole_weights:
+        problems.append(
+            f"adapter.type {kind.name} needs whole weights, which zero_optimization.stage 3 in {path} keeps in shares; "
+            "set --deepspeed to a file with stage 0, 1 or 2, or adapter.type to lora"
+        )
+    return problems
 
 
 def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> list[str]:
@@ -175,7 +187,12 @@ def check_sharding(quantization: str, zero: dict[str, Any], path: object) -> lis
 def _check_model(config: Config) -> list[str]:
     problems = []
     kind, name, format_ = adapter_kinds().get(config.adapter.type), config.adapter.type, config.model.quantization
-    if kind is not None and kind.needs_plain_base and format_ != "none":
+    if kind is not None and kind.unquantised and format_ != "none":
+        problems.append(
+            f"adapter.type {name} is not there for a base of model.quantization {format_}; set model.quantization to "
+            "none, or adapter.type to lora"
+        )
+    elif kind is not None and kind.needs_plain_base and format_ != "none":
         does = "decomposes" if kind.decomposes else "trains parameters of"
         problems.append(
             f"adapter.type {name} {does} the base, which model.quantization {format_} makes constant and inexact; set "
@@ -264,6 +281,10 @@ def _check_tuning(config: Config) -> list[str]:
 def _check_batch(config: Config) -> list[str]:
     optim, longest = config.optim, config.data.max_length
     problems = []
+    if optim.micro_batch_tokens is not None and config.data.augment != "none":
+        problems.append(
+            "data.augment changes the number of tokens that optim.micro_batch_tokens counts; remove one of the two"
+        )
     if optim.micro_batch_tokens is not None and optim.micro_batch_tokens < longest:
         problems.append(
             f"optim.micro_batch_tokens is {optim.micro_batch_tokens}; accepted: at least data.max_length, {longest}"

@@ -53,11 +53,15 @@ class Declaration:
 class AdapterKind(Declaration):
     """An adapter type.
 
+    family: of types that resemble it, under which lists show it.
+    source: where it was published. licence: of the code that computes it, and whose it is.
     build: `build(classifier, adapter) -> model` puts adapters into `classifier.model`, makes them and the head
         trainable and everything else constant, and returns the model to train: its forward pass takes a batch without
         labels and returns an object with `logits` [batch, classes].
     own_weights: whether parameters of the model itself train, in the model's number format.
     decomposes: whether it takes the model's weights apart. Neither this nor `own_weights` goes with a quantised base.
+    unquantised: whether it is only there for an unquantised base, for another reason.
+    whole_weights: whether it reads whole weights when it is built, which ZeRO 3 keeps in shares.
     every_layer: whether each layer must have parameters.
     below: whether parameters outside the layers need gradients through all of them.
     frozen: least share of a trained layer's activations that a layer stores when gradients only pass through.
@@ -70,9 +74,14 @@ class AdapterKind(Declaration):
     extra_tokens: `extra_tokens(classifier, adapter)` is the number of embeddings that it puts before every text.
     """
 
+    family: str = "others"
+    source: str = ""
+    licence: str = ""
     build: Callable[..., Any] | None = field(default=None, compare=False, metadata=FUNCTION)
     own_weights: bool = False
     decomposes: bool = False
+    unquantised: bool = False
+    whole_weights: bool = False
     every_layer: bool = True
     below: bool = False
     frozen: float = 0.6
@@ -87,7 +96,7 @@ class AdapterKind(Declaration):
     @property
     def needs_plain_base(self) -> bool:
         """Whether the base must not be quantised."""
-        return self.own_weights or self.decomposes
+        return self.own_weights or self.decomposes or self.unquantised
 
 
 @dataclass(frozen=True, kw_only=True)

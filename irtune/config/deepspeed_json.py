@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from irtune.config.batch_size import accumulation, with_accumulation
-from irtune.config.checks import check_compile, check_parameters, check_sharding
+from irtune.config.checks import check_adapter_sharding, check_compile, check_sharding
 from irtune.config.schema import Config
 from irtune.errors import brief
 
@@ -78,7 +78,7 @@ def read_engine_json(config: Config, world_size: int | None) -> tuple[dict[str, 
         problems.append(f"{path}: zero_optimization.stage is {brief(stage)}; accepted: 0, 1, 2, 3")
     problems += check_sharding(config.model.quantization, settings["zero_optimization"], path)
     problems += check_compile(config, settings["zero_optimization"], path)
-    problems += check_parameters(config.adapter.target_parameters, settings["zero_optimization"], path)
+    problems += check_adapter_sharding(config.adapter, settings["zero_optimization"], path)
     # The optimizer is torch's AdamW: ZeRO must accept it, and offload must not insist on DeepSpeed's own.
     settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     # DeepSpeed's own throughput would wait for the GPU twice per micro-batch; nobody would see it.

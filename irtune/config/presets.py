@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from irtune.config.declarations import adapter_kinds, methods
+from irtune.config.schema import DataConfig
 
 MODELS = {
     "llama3.1-8b": "meta-llama/Llama-3.1-8B",
@@ -15,7 +16,7 @@ MODELS = {
 }
 
 # Those of adapter types and methods stand in their declarations, as `fills`.
-PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+PRESETS: dict[tuple[str, str | bool], dict[str, Any]] = {
     ("data.preset", "iterater-human"): {
         "data.before": "before_sent",
         "data.after": "after_sent",
@@ -23,6 +24,8 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
         "data.drop_labels": ["others"],  # by convention: 45 of 2,946 rows, no intention of its own
     },
     ("data.preset", "argrewrite"): {"data.before": "source", "data.after": "target", "data.label": "label"},
+    ("data.multi_label", True): {"optim.loss": "binary"},
+    ("data.task", "regression"): {"optim.loss": "mean_squared_error", "run.best_metric": "pearson"},
     ("tuning.preset", "reference"): {
         "tuning.score": "reference",
         "tuning.scores": "stale",
@@ -46,6 +49,7 @@ def fill_presets(values: dict[str, Any]) -> dict[str, Any]:
     for (key, name), settings in PRESETS.items():
         if filled.get(key) == name:
             _fill(filled, settings)
+    _fill_input(filled)
     model = filled.get("model.name_or_path")
     if isinstance(model, str) and model in MODELS:
         filled["model.name_or_path"] = MODELS[model]
@@ -57,9 +61,19 @@ def _fill(filled: dict[str, Any], settings: Mapping[str, Any]) -> None:
         filled.setdefault(key, value)
 
 
-def choices() -> list[dict[str, str]]:
+def _fill_input(filled: dict[str, Any]) -> None:
+    """A pair is written as a diff, which a head at the edits reads; single texts have neither."""
+    pair = filled.get("data.after", DataConfig.after) is not None
+    if not pair:
+        filled.setdefault("data.prompt", "plain")
+    marks_edits = filled.get("data.prompt", DataConfig.prompt) == "diff" and filled.get("data.template") is None
+    if marks_edits:
+        filled.setdefault("model.pooling", "mean+edit")
+
+
+def choices() -> list[dict[str, Any]]:
     """All settings, most of a single key, that fill in others."""
-    declared = [
+    declared: list[dict[str, Any]] = [
         *({"tuning.method": name} for name, method in methods().items() if method.fills),
         *(
             {"tuning.method": name, "adapter.type": kind}

@@ -9,21 +9,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from irtune.config.declarations import adapter_kinds, methods
-from irtune.config.limits import Form, Limit, OneOf, Range
+from irtune.config.limits import BETAS, FOLD, MODEL, SEPARATOR, STRATA, Limit, OneOf, Range
 
 MAX_WIDTH = 2**16  # rank or width of an adapter; wider ones are typing errors that would fill the memory
-
-
-def _is_fold(text: str) -> bool:
-    k, slash, n = text.partition("/")
-    numbers = slash and k.isdecimal() and n.isdecimal() and len(k + n) < 20
-    return bool(numbers) and int(n) >= 2 and 1 <= int(k) <= int(n)
-
-
-MODEL = Form("a folder, a hub id or a preset", str.strip)
-FOLD = Form("K/N with 1 <= K <= N and N at least 2, such as 2/5", _is_fold)
-STRATA = Form("[a, b] with 0 <= a <= b <= layers", lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1])
-BETAS = Form("two numbers from 0 to below 1", lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas))
 
 
 @dataclass(kw_only=True)
@@ -57,8 +45,8 @@ class ModelConfig:
     """Where the classification head reads the text. class: where the model's own sequence classifier does; last: at the
     last token; cls: at the first, of tokenizers with a classification token; mean: the mean of all tokens; edit: the
     mean of the tokens of the marked edits, of all tokens where nothing is marked; mean+edit and last+edit: both. Those
-    with edit need data.prompt diff. All but class have a head of irtune's that computes in fp32 and starts at zero, and
-    are saved in irtune's format."""
+    with edit need data.prompt diff, with which mean+edit is filled in. All but class have a head of irtune's that
+    computes in fp32 and starts at zero, and are saved in irtune's format."""
     head: Literal["linear", "mlp"] = "linear"
     """Head of every pooling but class: linear, or mlp with a hidden layer as wide as the model."""
     gradient_checkpointing: bool = False
@@ -77,9 +65,9 @@ class AdapterConfig:
     type: Annotated[str, OneOf(adapter_kinds)] = "lora"
     """Kind of adapter."""
     r: Annotated[int, Range(1, MAX_WIDTH)] = 8
-    """Rank of the update; inner width of ltuning-prefix."""
+    """Rank of the update; reflections of hra; inner width of ltuning-prefix."""
     alpha: Annotated[float, Range(0.0, above=True)] = 16.0
-    """Scale of the update: alpha / r for lora."""
+    """Scale of the update: alpha / r for lora; first bound of delora."""
     dropout: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Dropout on the adapter's input during training."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
@@ -88,15 +76,21 @@ class AdapterConfig:
     """Names of weights that get an update of lora or rslora although no linear module holds them, such as those of
     experts: [experts.gate_up_proj, experts.down_proj]. Not under ZeRO 3, and without dropout."""
     size: Annotated[int, Range(1, MAX_WIDTH)] = 256
-    """Inner width of bottleneck and of the network of ltuning-prompt."""
+    """Inner width of bottleneck and of the network of ltuning-prompt; block of oft and road, largest block of c3a;
+    coefficients per module of fourierft and waveft."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation of bottleneck."""
     placement: Literal["serial", "parallel"] = "serial"
     """bottleneck on the output of attention and feed-forward block, or beside the feed-forward block."""
     scale: Annotated[float, Range(0.0, above=True)] = 1.0
-    """Factor of what bottleneck adds."""
+    """Factor of what bottleneck, fourierft or waveft adds."""
     num_tokens: Annotated[int, Range(1, MAX_WIDTH)] = 16
     """Keys and values per attention of prefix and ltuning-prefix; embeddings of prompt."""
+    prompt_init: Literal["random", "labels"] = "random"
+    """First embeddings of prompt: those of random tokens, or of the tokens of the labels' names (a random choice where
+    there are more than num_tokens), then of the tokens 1000, 1001 and so on."""
+    prompt_lr: Annotated[float, Range(0.0, above=True)] = 1.0
+    """Learning rate of prompt's embeddings, as a multiple of the head's."""
     strata: Annotated[list[int] | None, STRATA] = None
     """a and b of spafit: layers [0, a) frozen, [a, b) biases, the others LoRA and biases. null: the paper's shares."""
     embeddings: bool = False
@@ -131,7 +125,15 @@ class DataConfig:
     after: str | None = "after"
     """Column with the text after the revision; null for the classification of single texts."""
     label: str = "label"
-    """Column with the label."""
+    """Column with the label, the labels or the value."""
+    task: Literal["classification", "regression"] = "classification"
+    """regression: the column holds a number, which the model learns to give. optim.loss mean_squared_error and
+    run.best_metric pearson are filled in."""
+    multi_label: bool = False
+    """An example has a set of labels, which may be empty: the cell is a list, or a text that label_separator splits.
+    optim.loss binary is filled in."""
+    label_separator: Annotated[str | None, SEPARATOR] = None
+    """What stands between the labels of a text, for example "|". null: cells are lists."""
     id: str = "id"
     """Column with an example's id. Where it is missing, an example is called SPLIT:ROW."""
     group: str | None = None
@@ -150,15 +152,23 @@ class DataConfig:
     """Labels in order of their numbers, or a map from raw label to label; null: those of the training split, sorted."""
     drop_labels: list[str] = field(default_factory=list)
     """Rows with one of these raw labels are left out."""
+    augment: Literal["none", "eda"] = "none"
+    """eda: in each epoch, a training example is seen as it is once in ten times, else with some words swapped, deleted,
+    replaced by synonyms or joined by them. Of a pair, only words that stand unchanged in both texts, and alike in
+    both."""
+    synonyms: str | None = None
+    """File of synonyms for augment: a set of words per line, separated by commas. null: words are swapped and deleted
+    only."""
     length_bucket: Annotated[int, Range(1)] = 50
     """Global batches whose examples are sorted by length together: less padding. Where labels go with length (an empty
     text), batches then lean to a label; 1 makes every global batch a random one."""
     max_length: Annotated[int, Range(16)] = 256
     """Longest input in tokens. The longer of the two texts is shortened first, of a diff the unchanged text furthest
     from the edits; the template is never cut."""
-    prompt: Literal["plain", "instruction", "tagged", "diff"] = "tagged"
+    prompt: Literal["plain", "instruction", "tagged", "diff"] = "diff"
     """How a pair is written: plain pair, instruction with the list of labels, <old>...</old><new>...</new>, or diff:
-    unchanged words once, edits marked at their place, as in `the [-blue-]{+red+} house`."""
+    unchanged words once, edits marked at their place, as in `the [-blue-]{+red+} house`. Single texts, for which plain
+    is the default, are not written as anything."""
     context_words: Annotated[int | None, Range(0)] = None
     """With prompt diff, unchanged text further than so many words from every edit is left out. null: all of it stays
     that fits into max_length."""
@@ -255,8 +265,12 @@ class OptimConfig:
     global_batch_size: Annotated[int | None, Range(1)] = None
     """Examples per optimizer step, whatever the number of ranks; accumulation follows from it, so that a run continues
     with fewer or more ranks. null: micro_batch_size x gradient_accumulation_steps x ranks."""
-    loss: Literal["cross_entropy", "class_balanced", "focal"] = "cross_entropy"
-    """What is minimised. class_balanced: rare classes weigh more; focal: examples that are hard weigh more."""
+    loss: Literal["cross_entropy", "class_balanced", "focal", "binary", "mean_squared_error"] = "cross_entropy"
+    """What is minimised. class_balanced: rare classes weigh more; focal: examples that are hard weigh more; binary: the
+    mean over the labels of data.multi_label; mean_squared_error: that of data.task regression."""
+    positive_weight: bool = True
+    """With loss binary, weigh the examples that have a label by the number of the most frequent label's examples over
+    that of its own."""
     class_weights: list[float] | dict[str, float] | None = None
     """Weight of each class in the training loss: a list in the order of the labels, or a map from label to weight, in
     which a label may be left out (1). The loss stays a mean over the examples."""
@@ -266,6 +280,12 @@ class OptimConfig:
     """gamma of focal: 0 is cross-entropy."""
     label_smoothing: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Share of the target that is spread over all classes."""
+    mixup: Annotated[float, Range(0.0)] = 0.0
+    """a of Beta(a, a), from which a share is drawn for each micro-batch: every example is mixed with another one in
+    this share, in what the last linear module of the head reads, and so are their losses. 0: not."""
+    contrastive: Annotated[float, Range(0.0)] = 0.0
+    """Weight of a supervised contrastive loss (temperature .1) that is added: examples of one label in a micro-batch
+    are drawn together in what the last linear module of the head reads, others apart. 0: not."""
     rdrop: Annotated[float, Range(0.0)] = 0.0
     """Weight of R-Drop: each example passes twice, and the two answers, which dropout makes differ, are drawn to each
     other. A step takes twice the time and memory. Needs dropout in the model or adapter.dropout."""
@@ -289,8 +309,14 @@ class RunConfig:
     """Evaluations in a row without a better best_metric before training stops early; 0: it never does."""
     keep_last: Annotated[int, Range(1)] = 2
     """Checkpoints that are kept besides the best one."""
-    best_metric: Literal["macro_f1", "macro_f1_present", "accuracy", "auprc", "loss"] = "macro_f1"
-    """Dev metric by which the best checkpoint is chosen (loss: lower is better)."""
+    best_metric: Literal[
+        "macro_f1", "macro_f1_present", "accuracy", "auprc", "loss", "micro_f1", "jaccard", "pearson", "spearman", "r2"
+    ] = "macro_f1"
+    """Dev metric by which the best checkpoint is chosen (loss: lower is better). micro_f1 and jaccard are of
+    data.multi_label; data.task regression has pearson, spearman, r2 and loss."""
+    thresholds: Literal["fixed", "tuned"] = "fixed"
+    """With data.multi_label, a label is predicted where its probability is above .5, or above the threshold that gives
+    it the best F1 on the dev split. results.json holds the thresholds."""
     average: Annotated[int, Range(0)] = 0
     """Evaluations, counted from the last, whose weights are averaged at the end. The mean is kept where best_metric on
     dev is better with it than with the best checkpoint. 0: none."""

@@ -1,5 +1,6 @@
 """Corpora, prompts and batches."""
 
+from irtune.data.augment import Augmenter, read_synonyms
 from irtune.data.batches import (
     BatchSampler,
     build_sampler,
@@ -13,6 +14,7 @@ from irtune.data.prompts import Encoded, Encoder
 from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
 
 __all__ = [
+    "Augmenter",
     "BatchSampler",
     "Corpus",
     "Encoded",
@@ -28,6 +30,7 @@ __all__ = [
     "parse_json_lines",
     "read_corpus",
     "read_split",
+    "read_synonyms",
     "read_table",
     "total_steps",
 ]

@@ -9,6 +9,7 @@ import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,6 +73,10 @@ class BatchSampler:
         epoch, position = divmod(step, self.steps_per_epoch) if self.tokens is None else self._find(step)
         first = position * self.micro_batches
         return self._batches(epoch)[first : first + self.micro_batches]
+
+    def epoch(self, step: int) -> int:
+        """The epoch of optimizer step `step`, both counted from 0."""
+        return step // self.steps_per_epoch if self.tokens is None else self._find(step)[0]
 
     def examples(self, steps: int) -> int:
         """Examples in the first `steps` optimizer steps."""
@@ -214,7 +219,7 @@ def padded_lengths(config: Config, device: torch.device) -> PaddedLengths | None
 def collate(
     encoded: Sequence[dict[str, list[int]]],
     pad_token_id: int,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[Any] | None = None,
     device: torch.device | None = None,
     lengths: PaddedLengths | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -222,7 +227,8 @@ def collate(
 
     Returns:
         input_ids and attention_mask, int64 [batch, length]; token_type_ids and edit_mask where the examples have them;
-        labels, int64 [batch], when given. attention_mask.padded says whether it holds a 0.
+        labels when given: targets, int64 [batch] for one label per example. attention_mask.padded says whether it
+        holds a 0.
     """
     length = max(len(item["input_ids"]) for item in encoded)
     if lengths is not None:

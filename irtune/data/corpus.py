@@ -17,21 +17,24 @@ from irtune.data.readers.records import Record, RecordReader
 from irtune.data.readers.tables import SUFFIXES, table_rows
 from irtune.errors import DataError, brief
 from irtune.redaction import redact
+from irtune.tasks import SINGLE_LABEL, Task, task_of
+from irtune.tasks.base import Label
 
 log = logging.getLogger("irtune")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One revision: a text before, a text after (None for single texts), the number of its label, its document.
+    """One revision: a text before, a text after (None for single texts), its label, its document.
 
+    label: its number; of other tasks, a tuple of numbers or a value, see `irtune.tasks`.
     weight: how much it counts in the training loss. pseudo: its label is a prediction (data.pseudo).
     """
 
     id: str
     before: str
     after: str | None
-    label: int
+    label: Label
     group: str | None = None
     weight: float = 1.0
     pseudo: bool = False
@@ -39,10 +42,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Splits by name (train and dev always, test where there is one) and label names in order of their numbers."""
+    """Splits by name (train and dev always, test where there is one) and label names in order of their numbers.
+
+    Where the task is regression, the one name is that of the column.
+    """
 
     splits: dict[str, list[Example]]
     labels: list[str]
+    task: Task = SINGLE_LABEL
 
 
 Tables = dict[str, tuple[str, list[Record]]]  # by split: the place rows come from, for messages, and the rows
@@ -64,10 +71,10 @@ def read_corpus(data: DataConfig) -> Corpus:
     _check_weights(splits["train"], tables["train"][0], data)
     for split, examples in splits.items():
         if split != "train":
-            warn_of_missing_labels(examples, split, labels)
+            warn_of_missing_labels(examples, split, labels, task_of(data))
     if data.pseudo is not None:
         splits["train"] = splits["train"] + _pseudo_examples(data, splits, index)
-    return Corpus(splits, labels)
+    return Corpus(splits, labels, task_of(data))
 
 
 def _pseudo_examples(data: DataConfig, splits: dict[str, list[Example]], index: dict[str, int]) -> list[Example]:
@@ -99,9 +106,11 @@ def check_apart(examples: Sequence[Example], splits: dict[str, list[Example]], w
                 )
 
 
-def warn_of_missing_labels(examples: Sequence[Example], split: str, labels: Sequence[str]) -> None:
+def warn_of_missing_labels(
+    examples: Sequence[Example], split: str, labels: Sequence[str], task: Task = SINGLE_LABEL
+) -> None:
     """Say which labels a split has no example of: macro averages over all labels count them as 0."""
-    there = {example.label for example in examples}
+    there = {number for example in examples for number in task.numbers(example.label)}
     missing = [repr(label) for number, label in enumerate(labels) if number not in there]
     if missing:
         log.warning(
@@ -135,7 +144,7 @@ def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]
     where, records = found[split]
     index = {canonical(label): number for number, label in enumerate(labels)}
     index |= {label: number for number, label in enumerate(labels)}
-    names = [record.label for record in records]
+    names = [name for record in records for name in task_of(data).names(record.label)]
     strange = sorted(set(names) - set(index))
     if strange:
         raise DataError(
@@ -143,20 +152,20 @@ def read_split(data: DataConfig, split: str, labels: list[str]) -> list[Example]
             f"{', '.join(labels)}; drop it with data.drop_labels or map it with data.labels"
         )
     examples = _examples(records, split, where, data, index)
-    warn_of_missing_labels(examples, split, labels)
+    warn_of_missing_labels(examples, split, labels, task_of(data))
     return examples
 
 
 def _examples(records: list[Record], split: str, where: str, data: DataConfig, index: dict[str, int]) -> list[Example]:
     """Examples with the numbers of their labels; ids are made of the row where there are none."""
-    examples, seen = [], set()
+    examples, seen, task = [], set(), task_of(data)
     for record in records:
         name = f"{split}:{record.number}" if record.id is None else record.id
         if name in seen:
             raise DataError(f"{where}: id {name!r} in column {data.id!r} appears twice; set data.id to another column")
         seen.add(name)
-        number = index[record.label]
-        examples.append(Example(name, record.before, record.after, number, record.group, record.weight))
+        label = task.numbered(record.label, index)
+        examples.append(Example(name, record.before, record.after, label, record.group, record.weight))
     return examples
 
 
@@ -167,7 +176,8 @@ def _held_out(tables: Tables, data: DataConfig) -> Tables:
         records = tables["train"][1]
         groups = [f"train:{record.number}" if record.group is None else record.group for record in records]
         share = data.dev_fraction or 0.1
-        out, remark = draw_share([record.label for record in records], groups, share, data.split_seed)
+        strata = task_of(data).strata([record.label for record in records])
+        out, remark = draw_share(strata, groups, share, data.split_seed)
         if remark is not None:
             log.warning("%s: %s", where, remark)
         if not any(out):
@@ -194,7 +204,7 @@ def fold_records(tables: Tables, data: DataConfig, folds: int) -> tuple[list[Rec
     if folds > len(set(groups)):
         what = "documents" if data.group else "examples"
         raise DataError(f"{tables['train'][0]}: {folds} folds need at least as many {what}, not {len(set(groups))}")
-    place = fold_of([record.raw for _, record in joined], groups, folds, data.split_seed)
+    place = fold_of(task_of(data).strata([record.raw for _, record in joined]), groups, folds, data.split_seed)
     # Numbers continue after those of the training file, so that ids made of them stay different.
     last = max(record.number for _, record in joined)
     return [r if split == "train" else replace(r, number=last + r.number) for split, r in joined], place
@@ -280,11 +290,18 @@ def _from_hub(name: str, data: DataConfig) -> Tables:
 
 def _label_names(tables: Tables, data: DataConfig) -> list[str]:
     """Labels in order of their numbers."""
+    task = task_of(data)
+    if task.least_labels < 2:  # there are none
+        return [data.label]
     places = {split: where for split, (where, _) in tables.items()}
-    raw = {split: [record.label for record in records] for split, (_, records) in tables.items()}
+    raw = {
+        split: [name for record in records for name in task.names(record.label)]
+        for split, (_, records) in tables.items()
+    }
     train = set(raw["train"])
     if data.labels is None and len(train) < 2:
-        raise DataError(f"{places['train']}: only one label ({raw['train'][0]!r}); at least 2 are needed")
+        found = f"only one label ({raw['train'][0]!r})" if train else "no label at all"
+        raise DataError(f"{places['train']}: {found}; at least 2 are needed")
     if data.labels is None:
         check_looks(sorted(train), places["train"])
     for split, names in raw.items():

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cache
-from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rapidfuzz.distance import Indel
 
@@ -79,54 +78,14 @@ def diff(before: str, after: str) -> list[Piece]:
     The words of "=" and "-" make up `before`, those of "=" and "+" make up `after`.
     """
     first, second = WORDS.findall(before), WORDS.findall(after)
-    ends = [list(accumulate(map(len, words), initial=0)) for words in (first, second)]
-    runs: list[_Run] = []
-    for code in _opcodes(first, second):
-        runs.append(_Run(*code))
-        _join_last(runs, *ends)
     pieces: list[Piece] = []
-    for tag, i, j, k, m in runs:
+    for tag, i, j, k, m in _opcodes(first, second):
         if tag == "equal":
             pieces.append(Piece("=", first[i:j]))
             continue
         pieces += [Piece("-", first[i:j])] if j > i else []
         pieces += [Piece("+", second[k:m])] if m > k else []
     return pieces
-
-
-class _Run(NamedTuple):
-    """Words [i, j) of the text before and [k, m) of the text after, which are equal or stand for each other."""
-
-    tag: str
-    i: int
-    j: int
-    k: int
-    m: int
-
-
-def _join_last(runs: list[_Run], before: list[int], after: list[int]) -> None:
-    """Make the last two edits one where what is unchanged between them is no longer than either of them.
-
-    A sentence that was written anew shares blanks and an `of` with the old one; marks around every word of it would say
-    less and take more tokens than two whole phrases. It is the rule by which diff-match-patch cleans up differences.
-    Edits that both only add, or both only remove, stay apart: what is between them was not replaced.
-
-    Args:
-        runs: changed in place.
-        before: characters of that text up to each word.
-        after: the same of the other text.
-    """
-
-    def size(run: _Run) -> int:
-        return max(before[run.j] - before[run.i], after[run.m] - after[run.k])
-
-    while len(runs) >= 3 and runs[-2].tag == "equal" and "equal" not in (runs[-1].tag, runs[-3].tag):
-        one, same, other = runs[-3:]
-        removes = one.j > one.i or other.j > other.i
-        adds = one.m > one.k or other.m > other.k
-        if not (removes and adds) or size(same) > min(size(one), size(other)):
-            return
-        runs[-3:] = [_Run("replace", one.i, other.j, one.k, other.m)]
 
 
 def _opcodes(first: list[str], second: list[str]) -> Sequence[tuple[str, int, int, int, int]]:

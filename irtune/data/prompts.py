@@ -49,7 +49,8 @@ class Encoder:
                 characters a token stands for, and `edits` asks.
         """
         self.marks_edits, self.context_words = edits, data.context_words
-        self.is_diff = data.prompt == "diff" and data.template is None
+        self.has_pair = data.after is not None
+        self.is_diff = data.prompt == "diff" and data.template is None and self.has_pair
         if edits and not tokenizer.is_fast:
             raise ConfigError(
                 f"{type(tokenizer).__name__} does not tell which characters a token stands for, so the tokens of edits "
@@ -57,7 +58,6 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.max_length = data.max_length
-        self.has_pair = data.after is not None
         self.token_types = "token_type_ids" in tokenizer.model_input_names
         self.tail_types: list[int] | None = None  # where they are not those of the text before them
         self.head, self.middle, self.tail = self._template(data, labels)

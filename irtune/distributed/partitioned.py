@@ -117,6 +117,15 @@ def _gather_in_forward(module: nn.Module, parameters: list[nn.Parameter], undo: 
     undo.callback(module.register_forward_hook(after, always_call=True).remove)
 
 
+def used_by(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let ZeRO 3 gather `parameters`, which belong to parts of `module`, for its forward and backward pass.
+
+    By itself it gathers what belongs to a module whose own forward pass is called.
+    """
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
 def make_whole(modules: Sequence[nn.Module]) -> None:
     """Give `modules` ordinary parameters, whole on every rank, in place of partitioned ones. Collective."""
     for module in modules:

@@ -26,6 +26,7 @@ from irtune.config import AdapterConfig, OptimConfig
 from irtune.config.declarations import adapter_kinds
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import join_deepspeed
+from irtune.engine.contrastive import Contrast
 from irtune.engine.deepspeed_private import can_update_on_device, check_version, rebuilding
 from irtune.engine.layer_state import HEAD, EngineState, Key
 from irtune.engine.losses import Loss, cross_entropy, disagreement
@@ -36,6 +37,8 @@ from irtune.models.pooling import pooling_of
 
 log = logging.getLogger(__name__)
 WEIGHTS = "weights"  # of a batch: how much each example counts in the loss, fp32 [batch]
+MIX_SHARE, MIX_ORDER = "mix_share", "mix_order"  # of a batch: what optim.mixup mixes, see `losses.build_loss`
+FOR_LOSS = ("labels", WEIGHTS, MIX_SHARE, MIX_ORDER)  # of a batch: what the model does not take
 
 
 class Engine:
@@ -51,6 +54,7 @@ class Engine:
         traits: AdapterTraits = LORA,
         park: bool = True,
         loss: Loss = cross_entropy,
+        contrast: Contrast | None = None,
         recompute: bool = False,
     ):
         """Wrap `model`; at first only the head is trained (call `reselect`).
@@ -64,10 +68,11 @@ class Engine:
             park: keep the state of deselected layers in host memory (False: throw it away).
             loss: logits [batch, classes], labels [batch] and, where a batch has them, its examples' weights [batch] to
                 the mean over the batch.
+            contrast: a term that is added to the loss of each batch.
             recompute: compute the activations of trained layers again in the backward pass instead of storing them.
         """
         check_version()
-        self.table, self.traits, self.optim, self.loss = table, traits, optim, loss
+        self.table, self.traits, self.optim, self.loss, self.contrast = table, traits, optim, loss, contrast
         self.idle = IdleAdapters(table.modules)
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         # The reentrant kind would go back through what layers share, once for each of them (ltuning-prefix).
@@ -144,13 +149,15 @@ class Engine:
 
     def _loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs, labels, weights = split_batch(batch)
-        return self.loss(model(**inputs).logits, labels, *weights)
+        mixed = {"mixed": (batch[MIX_SHARE], batch[MIX_ORDER])} if MIX_SHARE in batch else {}
+        loss = self.loss(model(**inputs).logits, labels, *weights, **mixed)
+        return loss if self.contrast is None else loss + self.contrast(batch)
 
     def probe(self, batch: dict[str, torch.Tensor], *, backward: bool) -> None:
         """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer."""
         if not backward:
             with torch.no_grad():
-                self.module(**{name: tensor for name, tensor in batch.items() if name != WEIGHTS})
+                self.module(**split_batch(batch)[0])
             return
         for _, parameter in self.table.head:
             parameter.requires_grad_(False)
@@ -362,5 +369,5 @@ def split_batch(
     batch: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[torch.Tensor]]:
     """What the model gets, the labels, and a list with the weights of the examples, if the batch has them."""
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", WEIGHTS)}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in FOR_LOSS}
     return inputs, batch["labels"], [batch[WEIGHTS]] if WEIGHTS in batch else []

@@ -20,7 +20,11 @@ class Difference:
 
 
 def paired_bootstrap(
-    labels: Sequence[int], ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], classes: int, seed: int = 0
+    labels: Sequence[int] | np.ndarray,
+    ours: Sequence[Sequence[int] | np.ndarray],
+    theirs: Sequence[Sequence[int] | np.ndarray],
+    classes: int,
+    seed: int = 0,
 ) -> Difference:
     """Compare two methods on the same examples (Efron and Tibshirani 1993, ch. 16; Koehn, EMNLP 2004).
 
@@ -29,8 +33,8 @@ def paired_bootstrap(
     is at most, or at least, 0.
 
     Args:
-        labels: true class of each of n examples.
-        ours, theirs: per training seed, the predicted class of each example.
+        labels: true class of each of n examples, or bool [n, classes] where an example may have several.
+        ours, theirs: per training seed, the predicted class, or classes, of each example.
         classes: number of classes.
         seed: of the resampling.
     """
@@ -39,7 +43,7 @@ def paired_bootstrap(
     cells = [[_cells(labels, predicted, classes) for predicted in runs] for runs in (ours, theirs)]
 
     def difference(weights: np.ndarray) -> np.ndarray:
-        means = [np.mean([_macro_f1(weights @ cell, classes) for cell in runs], axis=0) for runs in cells]
+        means = [np.mean([_f1(weights @ cell, classes).mean(1) for cell in runs], axis=0) for runs in cells]
         return means[0] - means[1]
 
     observed = float(difference(np.ones((1, n)))[0])
@@ -50,28 +54,36 @@ def paired_bootstrap(
     return Difference(observed, float(low), float(high), p)
 
 
-def intervals(labels: Sequence[int], predicted: Sequence[int], classes: int, seed: int = 0) -> dict[str, list[float]]:
-    """95 % intervals [low, high] of accuracy and macro-F1, by a bootstrap over examples."""
+def intervals(
+    labels: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray, classes: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """95 % intervals [low, high] of micro-F1 and macro-F1, by a bootstrap over examples; arguments as above.
+
+    Where every example has one class, micro-F1 is the accuracy and is called so.
+    """
     rng = np.random.default_rng(seed)
     n = len(labels)
     cells = _cells(labels, predicted, classes)
-    accuracy, macro_f1 = [], []
+    micro_f1, macro_f1 = [], []
     for _ in range(RESAMPLES // BLOCK):
-        confusion = rng.multinomial(n, np.full(n, 1 / n), size=BLOCK).astype(float) @ cells
-        macro_f1.append(_macro_f1(confusion, classes))
-        accuracy.append(np.einsum("rcc->r", confusion.reshape(-1, classes, classes)) / n)
-    found = {"accuracy": np.concatenate(accuracy), "macro_f1": np.concatenate(macro_f1)}
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=BLOCK).astype(float) @ cells
+        macro_f1.append(_f1(counts, classes).mean(1))
+        micro_f1.append(_f1(counts.reshape(BLOCK, 2, classes).sum(2), 1)[:, 0])
+    name = "accuracy" if np.ndim(labels) == 1 else "micro_f1"
+    found = {name: np.concatenate(micro_f1), "macro_f1": np.concatenate(macro_f1)}
     return {name: [float(edge) for edge in np.quantile(values, [0.025, 0.975])] for name, values in found.items()}
 
 
-def _cells(labels: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
-    """One-hot place of each example in the confusion matrix, float64 [n, classes * classes]."""
-    return np.eye(classes * classes)[np.asarray(labels) * classes + np.asarray(predicted)]
+def _cells(labels: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray, classes: int) -> np.ndarray:
+    """What each example adds to every class's hits, and to labels plus predictions, float64 [n, 2 * classes]."""
+    wanted, given = (
+        np.eye(classes)[np.asarray(values)] if np.ndim(values) == 1 else np.asarray(values, dtype=float)
+        for values in (labels, predicted)
+    )
+    return np.concatenate([wanted * given, wanted + given], axis=1)
 
 
-def _macro_f1(confusion: np.ndarray, classes: int) -> np.ndarray:
-    """Macro-F1 of flat confusion matrices [resamples, classes * classes]; classes that do not occur count as 0."""
-    matrix = confusion.reshape(-1, classes, classes)
-    right = np.einsum("rcc->rc", matrix)
-    total = matrix.sum(1) + matrix.sum(2)  # 2 tp + fp + fn
-    return np.divide(2 * right, total, out=np.zeros_like(right), where=total > 0).mean(1)
+def _f1(counts: np.ndarray, classes: int) -> np.ndarray:
+    """F1 from sums of cells [resamples, 2 * classes], [resamples, classes]; 0 for classes that do not occur."""
+    hits, total = counts[:, :classes], counts[:, classes:]  # total: 2 tp + fp + fn
+    return np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)

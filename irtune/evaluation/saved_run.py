@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from irtune.adapters import load_adapter
 from irtune.config import Config, load_config
 from irtune.config.checks import pools_edits
+from irtune.config.declarations import adapter_kinds
 from irtune.config.schema import RISKS
 from irtune.data import Encoder, Example, padded_lengths
 from irtune.errors import IrtuneError, RunError, brief, one_line
@@ -28,6 +30,7 @@ from irtune.models import DTYPES, Classifier, load_classifier
 from irtune.models.limits import check_tokens
 from irtune.models.pooling import HEAD_FILE, load_head, pooling_of
 from irtune.models.quantization import dequantize
+from irtune.tasks import SINGLE_LABEL, Task, task_of
 
 
 def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
@@ -51,7 +54,7 @@ def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
         )
     results = read_object(folder / "results.json")
     labels = results["dev"].get("per_class") if isinstance(results.get("dev"), dict) else None
-    if not isinstance(labels, dict) or len(labels) < 2:
+    if not isinstance(labels, dict) or len(labels) < task_of(config.data).least_labels:
         raise RunError(f"{folder / 'results.json'} is damaged: it has no labels of the dev split")
     return config, results
 
@@ -98,6 +101,7 @@ class LoadedRun:
     model: nn.Module
     encoder: Encoder
     device: torch.device
+    task: Task = SINGLE_LABEL
 
     def predict(self, examples: Sequence[Example], batch_size: int) -> Predictions:
         """Logits of `examples` in their order, whatever the batches and ranks. Collective."""
@@ -112,6 +116,7 @@ class LoadedRun:
             pad_token_id=int(self.classifier.tokenizer.pad_token_id),  # type: ignore[arg-type]
             device=self.device,
             padded=padded_lengths(self.config, self.device),
+            task=self.task,
         )
 
 
@@ -126,7 +131,7 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     """
     config, results = read_run(folder)
     check_trusted(folder, config, trusted)
-    labels = list(results["dev"]["per_class"])
+    labels, task = list(results["dev"]["per_class"]), task_of(config.data, results)
     merged, adapter = is_merged(folder), adapter_folder(folder)
     if merged:
         _check_merged(folder, labels)
@@ -137,7 +142,7 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     rounded = config.model.quantization != "none"
     as_trained = dtype is None or rounded
     model_config = config.model if as_trained else dataclasses.replace(config.model, dtype=dtype)  # type: ignore[arg-type]
-    classifier = load_classifier(model_config, labels, device)
+    classifier = load_classifier(model_config, labels, device, problem_type=task.problem_type)
     if dtype is not None and rounded:  # the weights that the adapter was trained on, in the wanted format
         dequantize(classifier.model, DTYPES[dtype])
     encoder = Encoder(classifier.tokenizer, config.data, labels, edits=pools_edits(config.model))
@@ -154,7 +159,7 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     except Exception as error:  # peft and safetensors raise many kinds for files that are damaged or do not fit
         said = one_line(error)
         raise RunError(f"{adapter} does not fit {config.model.name_or_path}: {said}") from error
-    return LoadedRun(folder, config, results, labels, classifier, model.eval().to(device), encoder, device)
+    return LoadedRun(folder, config, results, labels, classifier, model.eval().to(device), encoder, device, task)
 
 
 def check_trusted(folder: Path, config: Config, trusted: Collection[str]) -> None:
@@ -222,22 +227,30 @@ def check_will_load(model: nn.Module) -> None:
 
 def _check_record(record: dict[str, Any], file: Path) -> None:
     """Raise a RunError for settings of peft that irtune never writes."""
-    usual = {field.name: field for field in dataclasses.fields(LoraConfig)}
-    for name, value in record.items():
-        if name in usual and name not in WRITTEN and value != _default(usual[name]):
-            raise RunError(f"{file} sets {name} to {brief(value)}, which irtune never does")
+    known = {name.upper() for name, kind in adapter_kinds().items() if kind.peft_format}
+    given = record.get("peft_type")
+    if not isinstance(given, str) or given not in known or given not in PeftType.__members__:
+        raise RunError(f"{file} sets peft_type to {brief(given)}, which irtune never does")
+    usual = {field.name: field for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(given)])}
     rules = {
-        "peft_type": lambda value: value == "LORA",
-        "r": lambda value: isinstance(value, int) and 1 <= value <= MAX_RANK,
-        "target_modules": lambda value: (
-            _are_names(value) or (isinstance(value, str) and PATTERN.fullmatch(value) is not None)
-        ),
+        "r": lambda value: isinstance(value, int) and (1 if given == "LORA" else 0) <= value <= MAX_RANK,
+        "target_modules": _are_places,
+        "feedforward_modules": lambda value: value == [] or _are_places(value),
         "target_parameters": lambda value: value is None or _are_names(value),
         "init_lora_weights": lambda value: value in (True, False, "pissa"),
     }
+    for name, value in record.items():
+        number = given != "LORA" and isinstance(value, int | float) and abs(value) <= MAX_RANK
+        if name in usual and name not in {*WRITTEN, *rules} and value != _default(usual[name]) and not number:
+            raise RunError(f"{file} sets {name} to {brief(value)}, which irtune never does")
     for name, accepts in rules.items():
-        if not accepts(record.get(name)):
+        if name in usual and not accepts(record.get(name)):
             raise RunError(f"{file} sets {name} to {brief(record.get(name))}, which irtune never does")
+
+
+def _are_places(value: Any) -> bool:
+    """Whether `value` says which modules have an adapter, as irtune does."""
+    return _are_names(value) or (isinstance(value, str) and PATTERN.fullmatch(value) is not None)
 
 
 def _are_names(value: Any) -> bool:

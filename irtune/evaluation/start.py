@@ -19,11 +19,12 @@ from irtune.evaluation.saved_run import ADAPTER_FILES, adapter_folder, is_peft_a
 from irtune.models.pooling import HEAD_NAME, pooling_of
 
 log = logging.getLogger("irtune")
-# Settings of peft that change what the same factors compute, and the key of irtune that sets them.
-SCALES = {"r": "r", "lora_alpha": "alpha", "use_rslora": "type", "use_dora": "type", "init_lora_weights": "type"}
+# Settings of peft that change what the same values compute, and the key of irtune that sets them.
+SCALES = {"r": "r", "lora_alpha": "alpha", "use_rslora": "type", "use_dora": "type", "init_lora_weights": "type",
+          "alpha": "alpha", "randlora_alpha": "alpha", "scaling": "scale"}  # fmt: skip
 
 # Keys of adapter that change what the same values compute, in irtune's own format.
-FACTORS = ("alpha", "scale", "activation", "placement")
+FACTORS = ("alpha", "scale", "activation", "placement", "prompt_lr")
 
 
 def start_from(place: str, model: nn.Module, table: LayerTable, adapter: AdapterConfig, labels: Sequence[str]) -> None:
@@ -91,9 +92,14 @@ def _compare(folder: Path, record: Mapping[str, Any], model: nn.Module, adapter:
         return
     if not isinstance(model, PeftModel):
         raise ConfigError(f"model.start_from: {folder} holds low-rank updates, and adapter.type is {adapter.type}")
-    here = model.peft_config["default"]
+    here: Any = model.peft_config["default"]
+    if record["peft_type"] != here.peft_type:
+        raise ConfigError(
+            f"model.start_from: {folder} holds an adapter of peft's type {record['peft_type']}, and adapter.type "
+            f"{adapter.type} is of {here.peft_type.value}; set adapter.type as it was there"
+        )
     for name, key in SCALES.items():
-        if record.get(name) != getattr(here, name):
+        if hasattr(here, name) and record.get(name) != getattr(here, name):
             raise ConfigError(
                 f"model.start_from: {folder} has {name} {record.get(name)!r} where adapter.{key} makes it "
                 f"{getattr(here, name)!r}; set adapter.{key} as it was there"

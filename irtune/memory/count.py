@@ -108,6 +108,7 @@ def _count(config: Config, selected: Sequence[int] | None, device: str, labels: 
     names = names or [f"label {number}" for number in range(LABELS)]
     dtype = DTYPES[config.model.dtype]
     model, anatomy = empty_classifier(config.model, names, lambda kind: stand_in(wanted, dtype, device, kind))
+    buffers = {id(buffer) for buffer in model.buffers()}
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]
     # L-Tuning trains on the tokens of the labels; for other types, nothing of a tokenizer matters.
@@ -120,18 +121,20 @@ def _count(config: Config, selected: Sequence[int] | None, device: str, labels: 
         network, table = add_adapters(Classifier(model, tokenizer, anatomy), adapter)
     trained = {id(parameter) for _, parameter in table.all()}
     constant = [parameter for parameter in network.parameters() if id(parameter) not in trained]
+    added = sum(buffer.nbytes for buffer in network.buffers() if id(buffer) not in buffers)  # vera's random matrices
     own_weights = adapter_traits(adapter).pretrained
+    itemsize = dtype.itemsize
     weights = [] if own_weights else [int(module.weight.numel()) for module in linear]
     some = [number for number, layer in enumerate(table.layers) if layer]
     chosen = worst_selection(config, some, table.num_layers) if selected is None else list(selected)
     return Parts(
         linear=weights,
         outputs=0 if own_weights else sum(_outputs(module) for module in linear),
-        rest=sum(parameter.numel() for parameter in constant) - sum(weights),
+        rest=sum(parameter.numel() for parameter in constant) - sum(weights) + added // itemsize,
         layers=[[parameter.numel() for _, parameter in layer] for layer in table.layers],
         head=[parameter.numel() for _, parameter in table.head],
         selected=chosen,
-        weight_bytes=DTYPES[config.model.dtype].itemsize,
+        weight_bytes=itemsize,
         trained_bytes=table.head[0][1].element_size(),
         device=device,
         assumed=assumed,

@@ -48,6 +48,7 @@ def load_classifier(
     labels: list[str],
     device: torch.device | None = None,
     sharded: dict[str, Any] | None = None,
+    problem_type: str = "single_label_classification",
 ) -> Classifier:
     """Load model and tokenizer from a folder or hub id (from the local cache when the network is off).
 
@@ -58,6 +59,7 @@ def load_classifier(
         sharded: the section zero_optimization of stage 3: each rank keeps its share of the weights only, but the
             whole head. Collective then. None: each rank gets the whole model. So it does where the files do not allow
             it, which a warning says.
+        problem_type: in transformers' words; of regression, the one label is the name of the value.
 
     Raises:
         ConfigError: when the tokenizer does not fit `config.pooling`.
@@ -68,7 +70,7 @@ def load_classifier(
     tokenizer = load_tokenizer(config)
     check_pooling(config, tokenizer)
     settings = _load(AutoConfig, source, "configuration", trust_remote_code=config.trust_remote_code)
-    before = set_labels(settings, labels)
+    before = set_labels(settings, labels, problem_type)
     _refuse(source, settings)
     _check_padding_token(source, tokenizer, settings)
     check_files(Path(source), config.allow_pickle)

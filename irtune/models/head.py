@@ -6,6 +6,7 @@ labels in another order, or others.
 
 import logging
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ from irtune.models.anatomy import Anatomy
 log = logging.getLogger("irtune")
 
 
-def set_labels(settings: PretrainedConfig, labels: Sequence[str]) -> list[str]:
-    """Write the labels of the corpus and the kind of problem into a model's configuration.
+def set_labels(
+    settings: PretrainedConfig, labels: Sequence[str], problem_type: Any = "single_label_classification"
+) -> list[str]:
+    """Write the labels of the corpus and the kind of problem, in transformers' words, into a model's configuration.
 
     Returns:
         The names that its rows had before.
@@ -26,7 +29,7 @@ def set_labels(settings: PretrainedConfig, labels: Sequence[str]) -> list[str]:
     before = [str(names[number]) for number in sorted(names)]
     settings.id2label = dict(enumerate(labels))  # says how many there are, too
     settings.label2id = {label: number for number, label in enumerate(labels)}
-    settings.problem_type = "single_label_classification"
+    settings.problem_type = problem_type
     return before
 
 

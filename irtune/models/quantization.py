@@ -8,6 +8,7 @@ keep model.dtype.
 """
 
 import copy
+import importlib
 import math
 import re
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import dora
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -49,9 +50,10 @@ def loading_options(kind: str, dtype: torch.dtype, device: torch.device, kept: I
 
 def settle(model: nn.Module) -> None:
     """Let the quantised modules of a freshly loaded model compute as `Linear4bit` and `Linear8bit` do."""
-    # DoRA reads whole weights. peft's way of reading gives wrong ones (see `plain_weight`) and, on CPUs, replaces the
-    # module's parameter by a copy without scales and without what ZeRO 3 has noted on it.
+    # DoRA and HiRA read whole weights. peft's way of reading gives wrong ones (see `_plain_4bit`) and, on CPUs,
+    # replaces the module's parameter by a copy without scales and without what ZeRO 3 has noted on it.
     dora.dequantize_module_weight = _module_weight  # type: ignore[assignment]
+    importlib.import_module("peft.tuners.hira.bnb").dequantize_bnb_weight = _bnb_weight  # type: ignore[attr-defined]
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.__class__ = Linear4bit
@@ -61,6 +63,10 @@ def settle(model: nn.Module) -> None:
 
 def _module_weight(module: nn.Module) -> torch.Tensor:
     return plain_weight(module) if is_quantized(module) else dequantize_module_weight(module)
+
+
+def _bnb_weight(weight: Any, state: Any = None) -> torch.Tensor:
+    return _plain_4bit(weight) if isinstance(weight, bnb.nn.Params4bit) else dequantize_bnb_weight(weight, state=state)
 
 
 class _Product(torch.autograd.Function):
@@ -134,15 +140,19 @@ def plain_weight(module: nn.Module) -> torch.Tensor:
     """
     weight: Any = module.weight
     if isinstance(module, bnb.nn.Linear4bit):
-        # As one row: of rows that end inside a block, bitsandbytes 0.50.2 takes the wrong scales on CPUs with AVX-512
-        # (in_features a multiple of 16 but not of 64: 37 % wrong instead of 9 % rounding).
-        row = copy.copy(weight.quant_state)
-        row.shape = torch.Size([math.prod(row.shape)])
-        return bnb.functional.dequantize_4bit(weight.data, row).view(weight.quant_state.shape)
+        return _plain_4bit(weight)
     if isinstance(module, bnb.nn.Linear8bitLt):
         scales = weight.SCB if module.state.SCB is None else module.state.SCB  # the first product moves them
         return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
     return weight
+
+
+def _plain_4bit(weight: Any) -> torch.Tensor:
+    # As one row: of rows that end inside a block, bitsandbytes 0.50.2 takes the wrong scales on CPUs with AVX-512
+    # (in_features a multiple of 16 but not of 64: 37 % wrong instead of 9 % rounding).
+    row = copy.copy(weight.quant_state)
+    row.shape = torch.Size([math.prod(row.shape)])
+    return bnb.functional.dequantize_4bit(weight.data, row).view(weight.quant_state.shape)
 
 
 @torch.no_grad()

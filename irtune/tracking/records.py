@@ -29,19 +29,16 @@ def keep_until(file: Path, step: int) -> None:
 
 
 def write_predictions(
-    path: Path, ids: Sequence[str], labels: Sequence[int], probabilities: Any, names: Sequence[str]
+    path: Path, ids: Sequence[str], labels: Sequence[Any], predictions: Sequence[dict[str, Any]]
 ) -> None:
-    """Write predictions.jsonl: id, label, predicted and the probability of each label, one object per example."""
+    """Write predictions.jsonl: id, label, predicted and the probability of each label, one object per example.
+
+    `labels` and `predictions` are in plain JSON types, as `Task.shown` and `Task.written` give them.
+    """
     with replacing(path) as scratch, scratch.open("w", encoding="utf-8") as out:
-        for example, label, row in zip(ids, labels, probabilities.tolist()):
-            predicted = names[max(range(len(row)), key=row.__getitem__)]
-            record = {
-                "id": example,
-                "label": names[label],
-                "predicted": predicted,
-                "probabilities": dict(zip(names, (round(value, 6) for value in row))),
-            }
-            out.write(to_json(record) + "\n")
+        for example, label, found in zip(ids, labels, predictions):
+            kept = {name: value for name, value in found.items() if name != "probability"}
+            out.write(to_json({"id": example, "label": label} | kept) + "\n")
 
 
 def append_record(file: Path, record: dict[str, Any]) -> None:

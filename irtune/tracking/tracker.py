@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from irtune.config import Config
+from irtune.tasks import SINGLE_LABEL, Predictions, Task
 from irtune.tracking import pictures
 from irtune.tracking.records import append_record, keep_until
 
@@ -30,12 +30,21 @@ PICTURE_SECONDS, PICTURE_SHARE = 30.0, 0.02
 class Tracker:
     """Writes the records of a run; on other ranks than 0 it does nothing."""
 
-    def __init__(self, folder: Path, *, active: bool, start_step: int, max_steps: int, score: str = "score"):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        active: bool,
+        start_step: int,
+        max_steps: int,
+        score: str = "score",
+        task: Task = SINGLE_LABEL,
+    ):
         """Open the files; on resume, records after `start_step` are removed, so that none appears twice.
 
         `score` is the kind of layer scores, for the legend of their picture. The text tab gets `folder`'s config.yaml.
         """
-        self.active = active
+        self.active, self.headline = active, task.headline
         if not active:
             return
         self.step, self.score = start_step, score
@@ -129,31 +138,29 @@ class Tracker:
         step: int,
         split: str,
         values: dict[str, Any],
-        labels: torch.Tensor | None = None,
-        probabilities: torch.Tensor | None = None,
+        predictions: Predictions | None = None,
     ) -> None:
-        """Record the metrics of a split.
-
-        With `labels`, int64 [examples], and `probabilities`, float [examples, classes], precision-recall curves too.
-        """
+        """Record the metrics of a split; with `predictions` of labels, precision-recall curves too."""
         if not self.active:
             return
         append_record(self.metrics, {"kind": "eval", "step": step, "split": split} | values)
-        for name in ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1", "auprc"):
-            self.board.add_scalar(f"{split}/{name}", values[name], step)
-        for name, row in values["per_class"].items():
-            self.board.add_scalar(f"{split}_f1/{name}", row["f1"], step)
+        for name, value in values.items():
+            if isinstance(value, float) and name != "macro_f1_present":
+                self.board.add_scalar(f"{split}/{name}", value, step)
         names, rows = list(values["per_class"]), values["per_class"].values()
-        self._picture(f"{split}/confusion_matrix", pictures.confusion_map(values["confusion_matrix"], names), step)
-        bars = pictures.f1_bars([row["f1"] for row in rows], names, [row["examples"] for row in rows])
-        self._picture(f"{split}/f1_per_class", bars, step)
-        if labels is not None and probabilities is not None:
-            for number, name in enumerate(names):
-                self.board.add_pr_curve(f"{split}_pr/{name}", labels == number, probabilities[:, number], step)
-        self.say(
-            f"step {step}  {split}: accuracy {values['accuracy']:.3f}  macro-F1 {values['macro_f1']:.3f}  "
-            f"AUPRC {values['auprc']:.3f}  loss {values['loss']:.4f}"
-        )
+        if "confusion_matrix" in values:
+            self._picture(f"{split}/confusion_matrix", pictures.confusion_map(values["confusion_matrix"], names), step)
+        if "macro_f1" in values:
+            for name, row in values["per_class"].items():
+                self.board.add_scalar(f"{split}_f1/{name}", row["f1"], step)
+            bars = pictures.f1_bars([row["f1"] for row in rows], names, [row["examples"] for row in rows])
+            self._picture(f"{split}/f1_per_class", bars, step)
+        if predictions is not None:
+            positives, scores = predictions.positives, predictions.probabilities
+            for number, name in enumerate(names if positives is not None else ()):
+                self.board.add_pr_curve(f"{split}_pr/{name}", positives[:, number], scores[:, number], step)
+        shown = "  ".join(f"{words} {values[name]:.3f}" for name, words in self.headline.items())
+        self.say(f"step {step}  {split}: {shown}  loss {values['loss']:.4f}")
 
     def outcome(self, config: Config, results: dict[str, Any]) -> None:
         """Fill the hparams tab: what was chosen, and the metrics of the best weights as results.json has them."""
@@ -162,7 +169,7 @@ class Tracker:
         final = {
             f"final/{split}_{name}": results[split][name]
             for split in ("dev", "test")
-            for name in ("accuracy", "macro_f1", "auprc")
+            for name in self.headline
             if split in results
         }
         # Not add_hparams: it opens a run of its own, beside this one's curves.

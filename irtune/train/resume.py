@@ -84,10 +84,12 @@ def _lengthened(state: dict[str, Any], identity: dict[str, Any]) -> bool:
     return (step >= before or bool(progress.get("stopped"))) and wanted > max(before, step)
 
 
-def run_identity(config: Config, corpus: Corpus, sampler: BatchSampler, max_steps: int) -> dict[str, Any]:
+def run_identity(
+    config: Config, corpus: Corpus, sampler: BatchSampler, max_steps: int, synonyms: str = ""
+) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
     optim = {key: value for key, value in vars(config.optim).items() if key not in DERIVED}
-    places = ("path", "config", "train", "dev", "test", "pseudo")
+    places = ("path", "config", "train", "dev", "test", "synonyms", "pseudo")
     return {
         "model": {key: value for key, value in vars(config.model).items() if key not in HARMLESS},
         "adapter": vars(config.adapter),
@@ -98,6 +100,7 @@ def run_identity(config: Config, corpus: Corpus, sampler: BatchSampler, max_step
         "examples": {split: len(examples) for split, examples in corpus.splits.items()},
         "training_lengths": runtime.derived_seed(*sampler.lengths),
         "seed": config.run.seed,
+        "synonyms": synonyms or None,
     }
 
 

@@ -13,6 +13,7 @@ from irtune.distributed import logs, runtime
 from irtune.distributed import node_checks as nodes
 from irtune.distributed.runtime import World
 from irtune.engine import Engine
+from irtune.engine.contrastive import Contrast
 from irtune.engine.losses import build_loss
 from irtune.errors import IrtuneError, StoppedError
 from irtune.files import fingerprint, write_json, writing
@@ -117,6 +118,7 @@ def build(setup: RunSetup, world: World, folder: Path) -> Trainer:
         start_step=progress.step,
         max_steps=data.max_steps,
         score=config.tuning.score,
+        task=data.corpus.task,
     )
     layers = LayerSelection(
         config.tuning, setup.method, engine=engine, progress=progress, tracker=tracker, max_steps=data.max_steps
@@ -143,6 +145,7 @@ def build(setup: RunSetup, world: World, folder: Path) -> Trainer:
 def _build_engine(setup: RunSetup) -> Engine:
     config, model = setup.config, setup.model
     loss = build_loss(config.optim, setup.data.label_counts(), setup.data.device, setup.data.corpus.labels)
+    contrast = Contrast(model.module, model.table, config.optim.contrastive) if config.optim.contrastive else None
     if config.model.fused_kernels:
         add_fused_kernels(model.module)
     if config.model.compile:
@@ -155,5 +158,6 @@ def _build_engine(setup: RunSetup) -> Engine:
         traits=model.traits,
         park=config.tuning.deselected_state == "offload",
         loss=loss,
+        contrast=contrast,
         recompute=config.model.gradient_checkpointing,
     )

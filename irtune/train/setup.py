@@ -17,6 +17,7 @@ from irtune.config.checks import pools_edits
 from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.data import (
+    Augmenter,
     Corpus,
     Encoded,
     Encoder,
@@ -24,8 +25,10 @@ from irtune.data import (
     corpus_digest,
     padded_lengths,
     read_corpus,
+    read_synonyms,
     total_steps,
 )
+from irtune.data.augment import Synonyms
 from irtune.distributed import node_checks as nodes
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import whole
@@ -49,7 +52,7 @@ from irtune.selection.signal_noise import layer_ratios
 from irtune.train.checkpoint import Checkpoints
 from irtune.train.layer_selection import SelectionMethod
 from irtune.train.resume import ResumePoint, find_checkpoint, resume_from, run_identity
-from irtune.train.training_data import TrainingData
+from irtune.train.training_data import TrainingData, Variant
 
 log = logging.getLogger("irtune")
 
@@ -115,10 +118,14 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         corpus = read_corpus(config.data)
         class_weights(config.optim, corpus.labels)  # they fit the labels?
         digest = corpus_digest(corpus)
-    nodes.check_equal({"the corpus": digest, "the checkpoint to continue from": latest.name if latest else "none"})
+        synonyms, synonyms_digest = _synonyms(config)
+    found = {"the corpus": digest, "the synonyms": synonyms_digest}
+    nodes.check_equal(found | {"the checkpoint to continue from": latest.name if latest else "none"})
     with runtime.shared_errors():
         memory = _estimate_memory(config, settings, world, corpus)
-        classifier = load_classifier(config.model, corpus.labels, sharded=_sharded(config, settings))
+        classifier = load_classifier(
+            config.model, corpus.labels, sharded=_sharded(config, settings), problem_type=corpus.task.problem_type
+        )
         if config.model.head_init is not None:
             start_from_words(classifier, config.model, corpus.labels)
         check_length(config, classifier)
@@ -127,7 +134,8 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     with runtime.shared_errors():
         encoded = encoder.encode_corpus(corpus)
         check_tokens(classifier, encoded.values())
-        data = _training_data(config, corpus, encoded, classifier, world)
+        variant = _variant(config, corpus, encoder, synonyms)
+        data = _training_data(config, corpus, encoded, classifier, world, variant)
         projections, ratios = _score_constants(config, classifier)  # before adapters wrap the modules
         guard = watch(classifier, encoded["train"])
         module, table = add_adapters(classifier, config.adapter)
@@ -141,7 +149,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
             start_from(config.model.start_from, module, table, config.adapter, corpus.labels)
         suppression = Suppression(table) if suppresses else None
         chooser = _build_chooser(config, table, ratios)
-        checkpoints.identity = run_identity(config, corpus, data.sampler, data.max_steps)
+        checkpoints.identity = run_identity(config, corpus, data.sampler, data.max_steps, synonyms_digest)
         resumed = None
         if latest is not None:
             resumed = resume_from(latest, checkpoints.identity, table, pretrained=traits.pretrained)
@@ -195,7 +203,12 @@ def _check_training(config: Config, module: nn.Module, table: LayerTable, classe
 
 
 def _training_data(
-    config: Config, corpus: Corpus, encoded: Encoded, classifier: Classifier, world: World
+    config: Config,
+    corpus: Corpus,
+    encoded: Encoded,
+    classifier: Classifier,
+    world: World,
+    variant: Variant | None,
 ) -> TrainingData:
     sampler = build_sampler(encoded["train"], config, world.size * config.optim.gradient_accumulation_steps)
     return TrainingData(
@@ -207,7 +220,22 @@ def _training_data(
         device=world.device,
         seed=config.run.seed,
         padded=padded_lengths(config, world.device),
+        variant=variant,
+        mixup=config.optim.mixup,
     )
+
+
+def _variant(config: Config, corpus: Corpus, encoder: Encoder, synonyms: Synonyms) -> Variant | None:
+    """What `data.augment` makes of a training example in an epoch, encoded; None where it makes nothing."""
+    if config.data.augment == "none":
+        return None
+    augmenter, examples = Augmenter(config.run.seed, synonyms), corpus.splits["train"]
+    return lambda place, epoch: encoder.encode(augmenter.variant(examples[place], epoch))
+
+
+def _synonyms(config: Config) -> tuple[Synonyms, str]:
+    """Those of `data.synonyms` and their digest; without a file, none."""
+    return read_synonyms(Path(config.data.synonyms).expanduser()) if config.data.synonyms is not None else ({}, "")
 
 
 def _score_constants(

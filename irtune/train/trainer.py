@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,11 +242,11 @@ class Trainer:
     # ----- evaluation and checkpoints -----
 
     def predict(self, split: str) -> Predictions:
-        """Logits of a split with the weights as they are. Collective."""
+        """Logits of a split with the weights as they are; dev tunes thresholds if asked. Collective."""
         self.engine.module.eval()
         predictions = self.data.evaluation(split, lambda batch: self.engine.module(**batch).logits + self._shift)
         self.engine.module.train()
-        return predictions
+        return predictions.tuned() if split == "dev" and self.config.run.thresholds == "tuned" else predictions
 
     def _stop_clock(self) -> None:
         """Count the time since training went on as training's; what follows is something else."""
@@ -265,7 +266,7 @@ class Trainer:
         collapsed = collapse(predictions, self.data.corpus.labels, self.config)
         if collapsed is not None:
             self.tracker.say(f"step {step}: {collapsed}")
-        self.tracker.evaluation(self.progress.step, "dev", values, predictions.labels, predictions.probabilities)
+        self.tracker.evaluation(self.progress.step, "dev", values, predictions)
         value = self._value(values)
         best = self.progress.best is None or value > self.progress.best
         if best:
@@ -364,28 +365,27 @@ class Trainer:
             self._last = (self.progress.best_step, self.predict("dev"))
         predictions = {"dev": self._average(self._last[1])}
         if "test" in self.data.corpus.splits:
-            predictions["test"] = self.predict("test")
+            predictions["test"] = replace(self.predict("test"), task=predictions["dev"].task)
         results = {split: metrics(values, self.data.corpus.labels) for split, values in predictions.items()}
         if "test" in results:
-            seen = predictions["test"]
-            self.tracker.evaluation(self.progress.best_step, "test", results["test"], seen.labels, seen.probabilities)
+            self.tracker.evaluation(self.progress.best_step, "test", results["test"], predictions["test"])
         with runtime.shared_errors(), writing(folder):
             for split, values in predictions.items() if runtime.rank() == 0 else ():
                 name = "predictions.jsonl" if split == "dev" else f"predictions_{split}.jsonl"
                 examples = self.data.corpus.splits[split]
+                labels = self.data.corpus.labels
                 write_predictions(
                     folder / name,
                     [example.id for example in examples],
-                    [example.label for example in examples],
-                    values.probabilities,
-                    self.data.corpus.labels,
+                    [values.task.shown(example.label, labels) for example in examples],
+                    [values.task.written(row, labels) for row in values.probabilities],
                 )
             if self.config.run.logit_adjust:
                 self.engine.shift_logits(self._shift)
             self.engine.save_adapter(
                 folder / "adapter", self.config.adapter, list(self.data.corpus.labels), self._saved_layers()
             )
-        return results
+        return results | predictions["dev"].task.recorded(self.data.corpus.labels)
 
 
 def _logit_adjustment(tau: float, data: TrainingData) -> torch.Tensor:

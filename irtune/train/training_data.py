@@ -1,5 +1,6 @@
 """What a run reads of its corpus: this rank's micro-batches of a step, and predictions of a split."""
 
+import random
 from collections.abc import Callable, Iterator
 
 import torch
@@ -7,12 +8,13 @@ import torch
 from irtune.data import BatchSampler, Corpus, collate
 from irtune.data.batches import PaddedLengths
 from irtune.distributed import runtime
-from irtune.engine.engine import WEIGHTS
+from irtune.engine.engine import MIX_ORDER, MIX_SHARE, WEIGHTS
 from irtune.evaluation.metrics import Predictions, predict
 
 EVALUATION_BATCH = 2  # in micro-batches: no gradients, so more examples fit
 
 Batch = dict[str, torch.Tensor]
+Variant = Callable[[int, int], dict[str, list[int]]]  # from a training example's place and an epoch to what is seen
 
 
 class TrainingData:
@@ -33,9 +35,20 @@ class TrainingData:
         device: torch.device,
         seed: int,
         padded: PaddedLengths | None = None,
+        variant: Variant | None = None,
+        mixup: float = 0.0,
     ):
-        """`encoded`: by split, what the encoder makes of each example; `seed`: of dropout; `padded`: see `collate`."""
-        self.padded = padded
+        """Keep them.
+
+        Args:
+            corpus, sampler, max_steps, pad_token_id, device: of the run.
+            encoded: by split, what the encoder makes of each example.
+            seed: of dropout and of `mixup`.
+            padded: see `collate`.
+            variant: of the training examples. None: as they are `encoded`, in all epochs.
+            mixup: `optim.mixup`.
+        """
+        self.padded, self.variant, self.mixup = padded, variant, mixup
         self.corpus, self.encoded, self.sampler, self.max_steps = corpus, encoded, sampler, max_steps
         self.pad_token_id, self.device, self.seed = pad_token_id, device, seed
         self.weighted = any(example.weight != 1 for example in corpus.splits["train"])
@@ -44,17 +57,32 @@ class TrainingData:
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches of optimizer step `step`, counted from 0; each sets its own dropout seed."""
-        places = self.sampler.step(step)
+        places, epoch = self.sampler.step(step), self.sampler.epoch(step)
         for number in range(runtime.rank(), len(places), runtime.launched_world_size()):
             # Seeded by place in the step, not by rank: any split over ranks draws the same dropout.
             torch.manual_seed(runtime.derived_seed(self.seed, "micro-batch", step, number))
-            yield self.batch(places[number])
+            yield self.batch(places[number], epoch) | self._mix(step, number, len(places[number]))
 
-    def batch(self, positions: list[int]) -> Batch:
-        """The training examples at `positions`, as `collate` returns them, with labels and weights if they have any."""
+    def _mix(self, step: int, number: int, examples: int) -> Batch:
+        """What `optim.mixup` mixes in micro-batch `number` of a step, whatever rank has it."""
+        if not self.mixup:
+            return {}
+        rng, order = random.Random(f"mixup/{self.seed}/{step}/{number}"), list(range(examples))
+        share = rng.betavariate(self.mixup, self.mixup)
+        rng.shuffle(order)
+        return {
+            MIX_SHARE: torch.tensor(share, device=self.device), MIX_ORDER: torch.tensor(order, device=self.device)
+        }  # fmt: skip
+
+    def batch(self, positions: list[int], epoch: int = 0) -> Batch:
+        """The training examples at `positions`, as `collate` returns them, with labels and weights if they have any.
+
+        Augmented, they are those of `epoch`; `lengths` stays that of the originals.
+        """
         examples, encoded = self.corpus.splits["train"], self.encoded["train"]
-        labels = [examples[i].label for i in positions]
-        batch = collate([encoded[i] for i in positions], self.pad_token_id, labels, self.device, self.padded)
+        labels = [self.corpus.task.target(examples[i].label, len(self.corpus.labels)) for i in positions]
+        seen = [encoded[i] if self.variant is None else self.variant(i, epoch) for i in positions]
+        batch = collate(seen, self.pad_token_id, labels, self.device, self.padded)
         if self.weighted:
             batch[WEIGHTS] = torch.tensor([examples[i].weight for i in positions], device=self.device)
         return batch
@@ -70,7 +98,8 @@ class TrainingData:
 
     def label_counts(self) -> list[int]:
         """Training examples of each class, without those that have a predicted label."""
-        labels = [example.label for example in self.corpus.splits["train"] if not example.pseudo]
+        numbers, known = self.corpus.task.numbers, [e for e in self.corpus.splits["train"] if not e.pseudo]
+        labels = [number for example in known for number in numbers(example.label)]
         return [labels.count(number) for number in range(len(self.corpus.labels))]
 
     def evaluation(self, split: str, forward: Callable[[Batch], torch.Tensor]) -> Predictions:
@@ -85,4 +114,5 @@ class TrainingData:
             pad_token_id=self.pad_token_id,
             device=self.device,
             padded=self.padded,
+            task=self.corpus.task,
         )

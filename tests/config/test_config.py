@@ -196,3 +196,21 @@ def test_unknown_names_get_the_known_ones_and_the_nearest(option, near):
     said = str(raised.value)
     assert f"did you mean {near}?" in said and option.partition("=")[2] in said
     assert said.count(",") > 2  # the others too
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "options, prompt, pooling",
+    [
+        ([], "diff", "mean+edit"),
+        (["--data.preset=argrewrite"], "diff", "mean+edit"),
+        (["--model.pooling=last"], "diff", "last"),
+        (["--data.prompt=tagged"], "tagged", "class"),
+        (["--data.prompt=instruction", "--model.pooling=mean"], "instruction", "mean"),
+        (["--data.after=null"], "plain", "class"),
+        (["--data.template={before} > {after}"], "diff", "class"),  # which takes the prompt's place
+    ],
+)
+def test_a_pair_is_a_diff_that_is_read_at_its_edits_unless_something_else_is_asked_for(options, prompt, pooling):
+    config = load_config(["--data.path=x", *options])
+    assert (config.data.prompt, config.model.pooling) == (prompt, pooling)

@@ -271,7 +271,7 @@ def test_an_example_without_any_token_is_named(llama):
     encoder = Encoder(AutoTokenizer.from_pretrained(llama), DataConfig(after=None), ["x", "y"])
     with pytest.raises(DataError, match="example 'train:7' has no text"):
         encoder.encode(Example("train:7", "", None, 0))
-    pair = Encoder(AutoTokenizer.from_pretrained(llama), DataConfig(), ["x", "y"])
+    pair = Encoder(AutoTokenizer.from_pretrained(llama), DataConfig(prompt="tagged"), ["x", "y"])
     assert pair.encode(Example("train:8", "", "", 0))["input_ids"] == pair.head + pair.middle + pair.tail
 
 

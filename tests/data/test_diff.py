@@ -36,17 +36,6 @@ TRICKY = st.text(alphabet="ab [-]{+}<>\\/deli ", max_size=40)
         ("我爱红色的房子。", "我爱蓝色的房子。", "我爱[-红-]{+蓝+}色的房子。"),
         ("빨간 집", "파란 집", "[-빨간-]{+파란+} 집"),
         (r"[\- x", r"[\- y", r"[\\- [-x-]{+y+}"),
-        # Edits with less between them than in them are one:
-        (
-            "What an idea, these cars",
-            "The speed limits would",
-            "[-What an idea, these cars-]{+The speed limits would+}",
-        ),
-        ("many of those", "some of these", "[-many of those-]{+some of these+}"),
-        ("big of me", "kind of you", "[-big-]{+kind+} of [-me-]{+you+}"),
-        ("the blue house", "a red house", "[-the blue-]{+a red+} house"),
-        ("red and blue", "green and grey", "[-red-]{+green+} and [-blue-]{+grey+}"),
-        ("a c", "a b, c, d", "a {+b, +}c{+, d+}"),  # nothing is replaced
     ],
 )
 def test_hand_worked_pairs(before, after, marked):
@@ -208,7 +197,7 @@ def test_a_diff_needs_a_pair(bpe):
     with pytest.raises(ConfigError, match=r"data.prompt diff compares two texts, but data.after is null"):
         load_config(["--data.path=x", "--data.prompt=diff", "--data.after=null"])
     with pytest.raises(ConfigError, match=r"data.context_words goes with data.prompt diff, not tagged"):
-        load_config(["--data.path=x", "--data.context_words=3"])
+        load_config(["--data.path=x", "--data.prompt=tagged", "--data.context_words=3"])
     encoder = Encoder(AutoTokenizer.from_pretrained(bpe), DataConfig(prompt="diff"), ["x", "y"])
     with pytest.raises(DataError, match=r"example '7' has no text after the revision"):
         encoder.encode(Example("7", "a", None, 0))

@@ -16,6 +16,7 @@ FLOORS = (
     "errors",
     "files",
     "config",
+    "tasks",
     "tracking",
     "data",
     "distributed",

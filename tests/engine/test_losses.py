@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from irtune.config import OptimConfig
+from irtune.engine.contrastive import supervised_contrastive
 from irtune.engine.losses import build_loss, class_balanced_weights, class_weights, cross_entropy
 from irtune.errors import ConfigError
 
@@ -102,3 +103,39 @@ def test_class_weights_name_labels_in_any_spelling():
     assert class_weights(OptimConfig(class_weights={"True": 2, "1.0": 3}), ["1", "true", "false"]) == [3, 2, 1]
     assert class_weights(OptimConfig(class_weights={"TRUE": 2}), ["TRUE", "x"]) == [2, 1]
     assert class_weights(OptimConfig(class_weights={"clarity": 0}), ["clarity", "style"]) == [0, 1]
+
+
+# ----- mixup and contrast -----
+
+
+def test_mixup_by_hand():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    loss, mixed = build_loss(OptimConfig(), [1, 1], CPU), (torch.tensor(0.75), torch.tensor([1, 0]))
+    assert float(loss(logits, labels, mixed=mixed)) == pytest.approx(0.563262, abs=1e-6)
+    weights = torch.tensor([2.0, 0.0])  # of an example's share of each mixture
+    by_hand = (2 * 0.75 * 0.313262 + 2 * 0.25 * 1.313262) / 2
+    assert float(loss(logits, labels, weights, mixed=mixed)) == pytest.approx(by_hand, abs=1e-5)
+    same = loss(LOGITS, LABELS, mixed=(torch.tensor(0.3), torch.arange(3)))
+    assert float(same) == pytest.approx(float(cross_entropy(LOGITS, LABELS)))
+
+
+def test_the_contrastive_loss_by_hand():
+    states, labels = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
+    assert float(supervised_contrastive(states, labels, 1.0)) == pytest.approx(0.313262, abs=1e-6)
+    assert float(supervised_contrastive(states, torch.arange(3), 1.0)) == 0.0  # nobody has a partner
+
+
+def test_the_contrastive_loss_by_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(7, 5, generator=generator, requires_grad=True)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 3])
+    z, each = torch.nn.functional.normalize(states, dim=-1).double(), []
+    for i in range(7):
+        partners = [p for p in range(7) if p != i and labels[p] == labels[i]]
+        others = sum(math.exp(float(z[i] @ z[a]) / 0.1) for a in range(7) if a != i)
+        if partners:
+            each.append(-sum(math.log(math.exp(float(z[i] @ z[p]) / 0.1) / others) for p in partners) / len(partners))
+    found = supervised_contrastive(states, labels, 0.1)
+    assert float(found) == pytest.approx(sum(each) / len(each), rel=1e-5)
+    found.backward()
+    assert states.grad.isfinite().all() and states.grad.abs().sum() > 0

@@ -108,6 +108,8 @@ def tiny_config(model: Path, corpus: Path, output: Path, stage: int = 2, **overr
         "adapter.r": 4,
         "data.path": corpus,
         "data.max_length": 64,
+        "data.prompt": "tagged",
+        "model.pooling": "class",
         "tuning.interval": 2,
         "optim.lr": 0.01,
         "optim.warmup_steps": 0,
@@ -129,7 +131,7 @@ class Rig:
         """`dtype`: float32; bfloat16 (adapters too); or mixed (fp32 adapters over a bf16 model).
 
         Options: quantization and compile, for the model; adapter, a map of settings; zero, a map of the JSON's;
-        weight_decay; others are Engine's.
+        sharded, to load weights in shares under ZeRO 3, as runs do; weight_decay; others are Engine's.
         """
         self.world = runtime.read_world()
         runtime.start(self.world, 60)
@@ -137,13 +139,14 @@ class Rig:
         base = "float32" if dtype == "float32" else "bfloat16"
         own = {name: options.pop(name) for name in ("quantization", "compile") if name in options}
         config = ModelConfig(name_or_path=str(model), dtype=base, **own)
-        self.classifier = load_classifier(config, ["a", "b", "c"])
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0} | options.pop("zero", {})
+        sharded = zero if options.pop("sharded", False) and stage == 3 else None
+        self.classifier = load_classifier(config, ["a", "b", "c"], sharded=sharded)
         adapter = AdapterConfig(
             **{"r": 4, "dtype": "model" if dtype == "bfloat16" else "float32"} | options.pop("adapter", {})
         )
         self.projections = output_projections(self.classifier.model, self.classifier.anatomy)
         network, self.table = add_adapters(self.classifier, adapter)
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0} | options.pop("zero", {})
         settings = {
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": accumulation,

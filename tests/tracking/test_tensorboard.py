@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util import tensor_util
 
+from irtune.tasks import Predictions
 from irtune.tracking import pictures
 from irtune.tracking import tracker as tracking
 from irtune.tracking.tracker import Tracker
@@ -221,8 +222,7 @@ def test_an_evaluation_without_probabilities_has_no_curves(tmp_path):
         2,
         "test",
         values | {"per_class": per_class, "confusion_matrix": [[1, 1], [0, 2]]},
-        torch.tensor([0, 0, 1, 1]),
-        torch.tensor([[1.0, 0.0], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9]]),
+        Predictions(torch.tensor([[1.0, 0.0], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9]]).log(), torch.tensor([0, 0, 1, 1])),
     )
     tracker.close()
     assert {tag for tag in board(tmp_path).Tags()["tensors"] if "_pr/" in tag} == {"test_pr/a", "test_pr/b"}

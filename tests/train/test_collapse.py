@@ -18,10 +18,10 @@ LOGITS = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.5, 0.1], [0.0, 3.0, 1.0]])
 @pytest.mark.parametrize(
     "options, advice",
     [
-        ([], "optim.loss class_balanced, or data.prompt diff with model.pooling mean+edit"),
-        (["--data.prompt=diff", "--optim.loss=class_balanced"], "optim.warmup_steps, or model.pooling mean+edit"),
+        (["--data.prompt=tagged"], "optim.loss class_balanced, or data.prompt diff with model.pooling mean+edit"),
+        (["--model.pooling=class", "--optim.loss=class_balanced"], "optim.warmup_steps, or model.pooling mean+edit"),
         (
-            ["--optim.warmup_fraction=0.1", "--optim.class_weights=[1, 2, 3]"],
+            ["--data.prompt=tagged", "--optim.warmup_fraction=0.1", "--optim.class_weights=[1, 2, 3]"],
             "a longer optim.warmup_fraction, or data.prompt diff with model.pooling mean+edit",
         ),
         (

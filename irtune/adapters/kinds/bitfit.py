@@ -16,5 +16,13 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 
 KIND = AdapterKind(
-    name="bitfit", summary="the biases", build=build, silent=True, own_weights=True, fills={"adapter.dtype": "model"}
+    name="bitfit",
+    family="own weights",
+    summary="the biases",
+    source="Ben Zaken et al., ACL 2022",
+    licence="irtune's own code",
+    build=build,
+    silent=True,
+    own_weights=True,
+    fills={"adapter.dtype": "model"},
 )

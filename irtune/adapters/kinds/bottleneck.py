@@ -91,4 +91,12 @@ def _width(module: nn.Module) -> tuple[int, int]:
     return int(module.nx), int(module.nf)  # type: ignore[arg-type]
 
 
-KIND = AdapterKind(name="bottleneck", summary="a small network behind or beside a block", build=build, silent=True)
+KIND = AdapterKind(
+    name="bottleneck",
+    family="networks",
+    summary="a small network behind or beside a block",
+    source="Houlsby et al., ICML 2019; He et al., ICLR 2022",
+    licence="irtune's own code",
+    build=build,
+    silent=True,
+)

@@ -15,7 +15,10 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 KIND = AdapterKind(
     name="dora",
+    family="low-rank",
     summary="LoRA on the direction of a weight, its magnitude beside it",
+    source="Liu et al., ICML 2024",
+    licence="Apache-2.0 (peft)",
     build=build,
     silent=True,
     peft_format=True,

@@ -5,7 +5,10 @@ from irtune.config.declarations import AdapterKind
 
 KIND = AdapterKind(
     name="lora",
+    family="low-rank",
     summary="low-rank updates of linear modules",
+    source="Hu et al., ICLR 2022",
+    licence="Apache-2.0 (peft)",
     build=add_low_rank,
     silent=True,
     peft_format=True,

@@ -83,7 +83,10 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 KIND = AdapterKind(
     name="ltuning-prefix",
+    family="prefixes and prompts",
     summary="keys and values made of each label's text",
+    source="Kowsher et al. 2024",
+    licence="irtune's own code",
     build=build,
     below=True,  # F, which all layers share
     reads_labels=True,

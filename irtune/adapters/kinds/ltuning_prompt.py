@@ -46,7 +46,10 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 KIND = AdapterKind(
     name="ltuning-prompt",
+    family="prefixes and prompts",
     summary="embeddings made of each label's text, before the text",
+    source="Kowsher et al. 2024",
+    licence="irtune's own code",
     build=build,
     every_layer=False,
     below=True,

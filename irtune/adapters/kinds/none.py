@@ -24,7 +24,10 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 KIND = AdapterKind(
     name="none",
+    family="own weights",
     summary="the layers' own weights",
+    source="as in LISA and BAdam",
+    licence="irtune's own code",
     build=build,
     silent=True,
     own_weights=True,

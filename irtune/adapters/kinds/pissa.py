@@ -23,7 +23,10 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 KIND = AdapterKind(
     name="pissa",
+    family="low-rank",
     summary="LoRA from the largest singular directions of each weight",
+    source="Meng et al., NeurIPS 2024",
+    licence="Apache-2.0 (peft)",
     build=build,
     silent=True,
     peft_format=True,

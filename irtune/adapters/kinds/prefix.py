@@ -44,5 +44,11 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 
 KIND = AdapterKind(
-    name="prefix", summary="keys and values before those of each attention", build=build, attention="sdpa"
+    name="prefix",
+    family="prefixes and prompts",
+    summary="keys and values before those of each attention",
+    source="Li and Liang, ACL 2021",
+    licence="irtune's own code",
+    build=build,
+    attention="sdpa",
 )

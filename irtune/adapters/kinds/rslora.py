@@ -15,7 +15,10 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
 
 KIND = AdapterKind(
     name="rslora",
+    family="low-rank",
     summary="LoRA scaled by alpha / sqrt(r)",
+    source="Kalajdzievski 2023",
+    licence="Apache-2.0 (peft)",
     build=build,
     silent=True,
     peft_format=True,

@@ -59,7 +59,10 @@ def _in_attention(name: str) -> bool:
 
 KIND = AdapterKind(
     name="spafit",
+    family="mixed",
     summary="strata of layers: frozen, biases, LoRA and biases",
+    source="Arora and Wang 2024",
+    licence="irtune's own code",
     build=build,
     silent=True,
     own_weights=True,  # the biases

@@ -18,6 +18,7 @@ from irtune.commands.compare.runs import Outcome, check_folders, run_cell
 from irtune.config import load_config
 from irtune.data import read_corpus
 from irtune.files import writing
+from irtune.tasks import SINGLE_LABEL, Task, task_of
 
 log = logging.getLogger("irtune")
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
@@ -62,6 +63,7 @@ def compare(arguments: Sequence[str]) -> int:
         folder=folder,
         arguments=trainer,
     )
+    task = task_of(load_config(cells[0].arguments).data)
     check_folders(cells)
     linear = {cell.data: _linear(cell) for cell in {cell.data: cell for cell in cells}.values()}
     ranks = options.ranks or max(1, torch.cuda.device_count())
@@ -69,8 +71,8 @@ def compare(arguments: Sequence[str]) -> int:
     for number, cell in enumerate(cells, 1):
         log.info("run %d of %d: %s", number, len(cells), cell.title)
         outcomes.append(run_cell(cell, ranks))
-        log.info("  %s", _brief(outcomes[-1]))
-        write_report(outcomes, linear, folder, _notes(arguments, ranks))  # also when it is stopped half-way
+        log.info("  %s", _brief(outcomes[-1], task))
+        write_report(outcomes, linear, folder, _notes(arguments, ranks), task)  # also when it is stopped half-way
     show((folder / "compare.md").read_text(encoding="utf-8"))
     return 0
 
@@ -80,29 +82,34 @@ def _linear(cell: Cell) -> LinearResult:
     return linear_baseline(read_corpus(load_config(cell.arguments).data))
 
 
-def _brief(outcome: Outcome) -> str:
+def _brief(outcome: Outcome, task: Task) -> str:
     if outcome.results is None:
         return f"failed: {outcome.error}"
     dev = outcome.results["dev"]
-    return (
-        f"dev accuracy {dev['accuracy']:.3f}, macro-F1 {dev['macro_f1']:.3f}, "
-        f"{outcome.results['layers_trained_per_step']:.1f} layers per step, {outcome.results['wall_seconds']:.0f} s"
-    )
+    shown = ", ".join(f"{words} {dev[name]:.3f}" for name, words in task.headline.items())
+    layers, seconds = outcome.results["layers_trained_per_step"], outcome.results["wall_seconds"]
+    return f"dev {shown}, {layers:.1f} layers per step, {seconds:.0f} s"
 
 
-def write_report(outcomes: list[Outcome], linear: dict[str, LinearResult], folder: Path, notes: list[str]) -> None:
+def write_report(
+    outcomes: list[Outcome],
+    linear: dict[str, LinearResult],
+    folder: Path,
+    notes: list[str],
+    task: Task = SINGLE_LABEL,
+) -> None:
     """Write compare.md, compare.csv and compare.png from what is known so far."""
     # Drawing needs matplotlib, which takes a second to load.
     from irtune.commands.compare.picture import draw
     from irtune.commands.compare.report import build_rows, write_csv, write_markdown
 
-    rows = build_rows(outcomes, linear)
+    rows = build_rows(outcomes, linear, task)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, folder / "compare.csv")
+        write_csv(rows, folder / "compare.csv", task)
         settings = [f"Linear baseline on {data}: {result.setting}" for data, result in linear.items()]
-        write_markdown(rows, folder / "compare.md", [*notes, *settings])
-        draw(outcomes, rows, folder / "compare.png")
+        write_markdown(rows, folder / "compare.md", [*notes, *settings], task)
+        draw(outcomes, rows, folder / "compare.png", task)
 
 
 def _notes(arguments: Sequence[str], ranks: int) -> list[str]:

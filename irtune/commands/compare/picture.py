@@ -12,12 +12,16 @@ from matplotlib.figure import Figure
 from irtune.commands.compare.report import LINEAR, Row
 from irtune.commands.compare.runs import Outcome
 from irtune.files import replacing
+from irtune.tasks import SINGLE_LABEL, Task
 
 WINDOW = 5
 
 
-def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path) -> None:
-    """One line of panels per corpus: loss curves on the left, macro-F1 with its spread over seeds on the right."""
+def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path, task: Task = SINGLE_LABEL) -> None:
+    """One line of panels per corpus: loss curves on the left, the task's main metric, macro-F1 for labels, with its
+    spread over seeds on the right.
+    """
+    words = task.headline[task.main]
     corpora = list(dict.fromkeys(row["data"] for row in rows))
     figure = Figure(figsize=(12, 4 * len(corpora)), layout="constrained")
     for data, (left, right) in zip(corpora, figure.subplots(len(corpora), 2, squeeze=False)):
@@ -26,8 +30,8 @@ def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path) -> None:
         colours = dict(zip(names, colormaps["tab10"].colors * 3))  # type: ignore[attr-defined]
         _losses(left, [o for o in outcomes if o.cell.data == data], rows, colours)
         left.set_title(f"{data}: training loss")
-        _bars(right, here, rows, colours)
-        right.set_title(f"{data}: dev macro-F1")
+        _bars(right, here, rows, colours, f"dev_{task.main}", words)
+        right.set_title(f"{data}: dev {words}")
     with replacing(file) as scratch:
         figure.savefig(scratch, dpi=120)
 
@@ -65,18 +69,18 @@ def _logged(outcome: Outcome) -> np.ndarray:
     return np.column_stack([np.cumsum([r["seconds"] for r in records]), [r["loss"] for r in records]])
 
 
-def _bars(axes: Axes, here: Sequence[Row], rows: Sequence[Row], colours: dict) -> None:
-    shown = [row for row in here if row["method"] != LINEAR and row.get("dev_macro_f1") is not None]
+def _bars(axes: Axes, here: Sequence[Row], rows: Sequence[Row], colours: dict, main: str, words: str) -> None:
+    shown = [row for row in here if row["method"] != LINEAR and row.get(main) is not None]
     names = [_name(row["adapter"], row["method"], rows) for row in shown]
     axes.barh(
         names,
-        [row["dev_macro_f1"] for row in shown],
-        xerr=[row.get("dev_macro_f1_sd") or 0.0 for row in shown],
+        [row[main] for row in shown],
+        xerr=[row.get(f"{main}_sd") or 0.0 for row in shown],
         color=[colours[name] for name in names],
     )
     axes.invert_yaxis()
-    linear = [row["dev_macro_f1"] for row in here if row["method"] == LINEAR]
+    linear = [row[main] for row in here if row["method"] == LINEAR]
     if linear:
         axes.axvline(linear[0], color="black", linestyle="--", linewidth=1, label=LINEAR)
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.13), frameon=False)
-    axes.set_xlabel("macro-F1 (mean and standard deviation over seeds)")
+    axes.set_xlabel(f"{words} (mean and standard deviation over seeds)")

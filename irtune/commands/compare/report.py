@@ -7,48 +7,56 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from irtune.commands.compare.linear import LinearResult
 from irtune.commands.compare.runs import Outcome
 from irtune.evaluation.bootstrap import paired_bootstrap
 from irtune.files import replacing, write_text
+from irtune.tasks import SINGLE_LABEL, Task
 
-METRICS = ("accuracy", "macro_f1", "auprc")
 LINEAR = "linear baseline"
 REFERENCE = "full"
-COLUMNS = (
-    "data", "adapter", "method", "seeds", "dev_accuracy", "dev_accuracy_sd", "dev_macro_f1", "dev_macro_f1_sd",
-    "dev_auprc", "dev_auprc_sd", "test_accuracy", "test_accuracy_sd", "test_macro_f1", "test_macro_f1_sd",
-    "test_auprc", "test_auprc_sd", "layers_per_step", "layers_ever", "wall_seconds", "examples_per_second",
-    "optimizer_state_bytes_mean", "optimizer_state_bytes_max", "peak_memory_bytes", "macro_f1_minus_full", "low_95",
-    "high_95", "p", "error",
+BEFORE = ("data", "adapter", "method", "seeds")
+AFTER = (
+    "layers_per_step", "layers_ever", "wall_seconds", "examples_per_second", "optimizer_state_bytes_mean",
+    "optimizer_state_bytes_max", "peak_memory_bytes", "macro_f1_minus_full", "low_95", "high_95", "p", "error",
 )  # fmt: skip
 Row = dict[str, Any]
 
 
-def build_rows(outcomes: Sequence[Outcome], linear: dict[str, LinearResult]) -> list[Row]:
+def columns(task: Task) -> tuple[str, ...]:
+    """Those of compare.csv: between the others, mean and standard deviation of each metric that the task shows."""
+    names = [f"{split}_{name}" for split in ("dev", "test") for name in task.headline]
+    return (*BEFORE, *(column for name in names for column in (name, f"{name}_sd")), *AFTER)
+
+
+def build_rows(outcomes: Sequence[Outcome], linear: dict[str, LinearResult], task: Task = SINGLE_LABEL) -> list[Row]:
     """One row per corpus, adapter and method (mean and standard deviation over seeds), the linear baseline first."""
     rows: list[Row] = []
     for data in dict.fromkeys(outcome.cell.data for outcome in outcomes):
         if data in linear:
-            rows.append(_linear_row(data, linear[data]))
+            rows.append(_linear_row(data, linear[data], task))
         here = [outcome for outcome in outcomes if outcome.cell.data == data]
         for adapter in dict.fromkeys(outcome.cell.adapter for outcome in here):
             group = [outcome for outcome in here if outcome.cell.adapter == adapter]
             full = [outcome for outcome in group if outcome.cell.variant == REFERENCE and outcome.results]
             for variant in dict.fromkeys(outcome.cell.variant for outcome in group):
                 mine = [outcome for outcome in group if outcome.cell.variant == variant]
-                rows.append(_row(data, adapter, variant, mine, full))
+                rows.append(_row(data, adapter, variant, mine, full, task))
     return rows
 
 
-def _linear_row(data: str, result: LinearResult) -> Row:
+def _linear_row(data: str, result: LinearResult, task: Task) -> Row:
     row: Row = {"data": data, "adapter": "", "method": LINEAR, "seeds": 1, "wall_seconds": result.seconds}
     for split, values in result.metrics.items():
-        row |= {f"{split}_{name}": values[name] for name in METRICS}
+        row |= {f"{split}_{name}": values[name] for name in task.headline}
     return row
 
 
-def _row(data: str, adapter: str, variant: str, outcomes: Sequence[Outcome], full: Sequence[Outcome]) -> Row:
+def _row(
+    data: str, adapter: str, variant: str, outcomes: Sequence[Outcome], full: Sequence[Outcome], task: Task
+) -> Row:
     good = [outcome for outcome in outcomes if outcome.results is not None]
     errors = [f"seed {outcome.cell.seed}: {outcome.error}" for outcome in outcomes if outcome.error]
     row: Row = {"data": data, "adapter": adapter, "method": variant, "seeds": len(good), "error": "; ".join(errors)}
@@ -57,7 +65,7 @@ def _row(data: str, adapter: str, variant: str, outcomes: Sequence[Outcome], ful
         return row
     for split in ("dev", "test"):
         if all(split in result for result in results):
-            for name in METRICS:
+            for name in task.headline:
                 values = [result[split][name] for result in results]
                 row[f"{split}_{name}"] = statistics.mean(values)
                 row[f"{split}_{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
@@ -71,7 +79,7 @@ def _row(data: str, adapter: str, variant: str, outcomes: Sequence[Outcome], ful
         "peak_memory_bytes": lambda r: r["peak_memory_bytes"],
     }.items():
         row[column] = statistics.mean(read(result) for result in results)
-    if variant != REFERENCE:
+    if variant != REFERENCE and task.least_labels > 1:
         row |= _against(good, full)
     return row
 
@@ -83,10 +91,14 @@ def _against(good: Sequence[Outcome], full: Sequence[Outcome]) -> Row:
         return {}
     ours, theirs = ([_predictions(pair[side].cell.folder) for pair in pairs] for side in (0, 1))
     names = list(ours[0][0]["probabilities"])
-    number = {name: index for index, name in enumerate(names)}
-    labels = [number[record["label"]] for record in ours[0]]
-    predicted = [[[number[record["predicted"]] for record in run] for run in side] for side in (ours, theirs)]
-    result = paired_bootstrap(labels, predicted[0], predicted[1], len(names))
+
+    def chosen(run: list[dict[str, Any]], key: str) -> np.ndarray:
+        """bool [examples, classes]"""
+        sets = [record[key] if isinstance(record[key], list) else [record[key]] for record in run]
+        return np.array([[name in found for name in names] for found in sets])
+
+    predicted = [[chosen(run, "predicted") for run in side] for side in (ours, theirs)]
+    result = paired_bootstrap(chosen(ours[0], "label"), predicted[0], predicted[1], len(names))
     return {"macro_f1_minus_full": result.value, "low_95": result.low, "high_95": result.high, "p": result.p}
 
 
@@ -98,20 +110,20 @@ def _predictions(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: record["id"])
 
 
-def write_csv(rows: Sequence[Row], file: Path) -> None:
+def write_csv(rows: Sequence[Row], file: Path, task: Task = SINGLE_LABEL) -> None:
     """All columns, units in their names; an empty cell if there is no value."""
     with replacing(file) as scratch, scratch.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, COLUMNS)
+        writer = csv.DictWriter(out, columns(task))
         writer.writeheader()
-        writer.writerows({name: row.get(name) for name in COLUMNS} for row in rows)
+        writer.writerows({name: row.get(name) for name in columns(task)} for row in rows)
 
 
-def write_markdown(rows: Sequence[Row], file: Path, notes: Sequence[str]) -> None:
+def write_markdown(rows: Sequence[Row], file: Path, notes: Sequence[str], task: Task = SINGLE_LABEL) -> None:
     """The table that a person reads, with what it was made of below."""
-    has_test = any("test_macro_f1" in row for row in rows)
+    has_test = any(f"test_{task.main}" in row for row in rows)
     splits = ("dev", "test") if has_test else ("dev",)
     header = ["data", "adapter", "method", "seeds"]
-    header += [f"{split} {name}" for split in splits for name in ("accuracy", "macro-F1", "AUPRC")]
+    header += [f"{split} {name}" for split in splits for name in task.headline.values()]
     header += ["layers per step", "ever", "seconds", "examples/s", "optimizer state (MiB)", "peak memory (MiB)"]
     header += [f"macro-F1 minus full ({splits[-1]})", "p"]
     lines = ["# Comparison", "", _line(header), _line(["---"] * len(header))]
@@ -121,7 +133,7 @@ def write_markdown(rows: Sequence[Row], file: Path, notes: Sequence[str]) -> Non
             lines.append(_line([row["data"], row["adapter"], row["method"], f"failed: {error}"]))
             continue
         cells = [row["data"], row["adapter"], row["method"], str(row["seeds"])]
-        cells += [_spread(row, f"{split}_{name}") for split in splits for name in METRICS]
+        cells += [_spread(row, f"{split}_{name}") for split in splits for name in task.headline]
         cells += [_number(row, "layers_per_step", ".1f"), _number(row, "layers_ever", ".0f")]
         cells += [_number(row, "wall_seconds", ".0f"), _number(row, "examples_per_second", ".1f")]
         cells += [

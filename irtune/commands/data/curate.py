@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from irtune.commands.common import a_path, a_share, add_json, parser, show, show_json, table
+from irtune.commands.common import a_path, a_share, add_json, check_single, parser, show, show_json, table
 from irtune.config.labels import canonical
 from irtune.config.schema import DataConfig
 from irtune.data.corpus import Tables, corpus_digest, find_splits, fold_records, read_corpus
@@ -102,6 +102,7 @@ def read_folds(folder: Path) -> OutOfFold:
     if not runs or None in runs:
         raise RunError(f"{folder} holds no folds; accepted: the --output_dir of python -m irtune crossvalidate")
     place, data, results = next(iter(runs.values()))
+    check_single(data, "data curate")
     folds = int(str(data.fold).partition("/")[2])
     missing = [f"{k}/{folds}" for k in range(1, folds + 1) if f"{k}/{folds}" not in runs]
     if missing or len(runs) > folds:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from irtune.commands.common import a_path, add_run, at_least, parser, ranks, trusted
+from irtune.commands.common import a_path, add_run, at_least, check_single, parser, ranks, trusted
 from irtune.commands.predict import free_suffix, to_examples
 from irtune.data import Example, check_apart, read_corpus, read_table
 from irtune.distributed import runtime
@@ -56,10 +56,12 @@ def main(arguments: Sequence[str]) -> int:
                 raise ConfigError(f"--count {given.count} is more than the {len(rows)} candidates in {where}")
             run = load_run(given.run, world.device, trusted=trusted(given))
             data = run.config.data
+            if given.method == "uncertainty":
+                check_single(data, "--method uncertainty")
             if given.target is not None:
                 data = dataclasses.replace(data, path=given.target, config=None, train=None, dev=None, test=None)
             corpus = read_corpus(data)
-            candidates = to_examples(rows, where, data.before, data.after, "rename those with the texts")
+            candidates = to_examples(rows, where, data.before, data.after, advice="rename those with the texts")
             check_apart(candidates, corpus.splits, where)
         if given.method == "got-d":
             scores = got_d(run, corpus.splits["train"], candidates, given.batch_size, given.epsilon or EPSILON)

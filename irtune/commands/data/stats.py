@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = baselines(corpus)
         if config.model.head_init is not None:
             rows["head of words, before any training"] = untrained(config, corpus)
-        show_json(rows) if given.json else show(_compared(rows))
+        show_json(rows) if given.json else show(_compared(rows, list(corpus.task.headline)))
         return 0
     found = statistics(corpus)
     if given.tokens:
@@ -54,12 +54,11 @@ def baselines(corpus: Corpus) -> dict[str, dict[str, Any]]:
     """Metrics on dev of the most frequent training label, and of a linear model of the words that were changed."""
     from irtune.commands.compare.linear import linear_baseline  # loads scikit-learn, which statistics do not need
 
-    most = Counter(example.label for example in corpus.splits["train"]).most_common(1)[0][0]
-    labels = torch.tensor([example.label for example in corpus.splits["dev"]])
-    always = torch.zeros(len(labels), len(corpus.labels))
-    always[:, most] = 1.0
+    task, classes, dev = corpus.task, len(corpus.labels), corpus.splits["dev"]
+    title, row = task.baseline([example.label for example in corpus.splits["train"]], corpus.labels)
+    labels = torch.tensor([task.target(example.label, classes) for example in dev])
     return {
-        f"always {corpus.labels[most]}": metrics(Predictions(always, labels), corpus.labels),
+        title: metrics(Predictions(row.expand(len(dev), -1), labels, task), corpus.labels),
         "linear model of changed words": linear_baseline(corpus).metrics["dev"],
     }
 
@@ -77,18 +76,18 @@ def untrained(config: Config, corpus: Corpus) -> dict[str, Any]:
         batch_size=config.optim.micro_batch_size,
         pad_token_id=int(classifier.tokenizer.pad_token_id),  # type: ignore[arg-type]
         device=torch.device("cpu"),
+        task=corpus.task,
     )
     return metrics(found, corpus.labels)
 
 
-def _compared(rows: dict[str, dict[str, Any]]) -> str:
-    names = ("accuracy", "macro_f1", "auprc")
+def _compared(rows: dict[str, dict[str, Any]], names: list[str]) -> str:
     return table(["on dev", *names], [[row, *(f"{found[name]:.3f}" for name in names)] for row, found in rows.items()])
 
 
 def statistics(corpus: Corpus) -> dict[str, Any]:
     """Counts of a corpus in plain JSON types; duplicates and leakage by pair of texts and by document."""
-    splits = {split: _split(examples, corpus.labels) for split, examples in corpus.splits.items()}
+    splits = {split: _split(examples, corpus) for split, examples in corpus.splits.items()}
     pairs: dict[tuple, set[str]] = defaultdict(set)
     documents: dict[str, set[str]] = defaultdict(set)
     for split, examples in corpus.splits.items():
@@ -105,15 +104,15 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _split(examples: Sequence[Example], labels: Sequence[str]) -> dict[str, Any]:
-    seen: dict[tuple, list[int]] = defaultdict(list)
+def _split(examples: Sequence[Example], corpus: Corpus) -> dict[str, Any]:
+    seen: dict[tuple, list] = defaultdict(list)
     for example in examples:
         seen[example.before, example.after].append(example.label)
     repeated = [numbers for numbers in seen.values() if len(numbers) > 1]
-    counts = Counter(example.label for example in examples)
+    counts = Counter(number for example in examples for number in corpus.task.numbers(example.label))
     return {
         "rows": len(examples),
-        "labels": {name: counts[number] for number, name in enumerate(labels)},
+        "labels": {name: counts[number] for number, name in enumerate(corpus.labels)},
         "characters_before": _quantiles([len(example.before) for example in examples]),
         "characters_after": _quantiles([len(example.after or "") for example in examples]),
         "empty_before": sum(not example.before for example in examples),

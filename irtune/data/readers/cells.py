@@ -107,7 +107,7 @@ def as_name(value: Any, where: str, what: str, option: str) -> str:
 def _hint(value: Any) -> str:
     """What to do about a cell that is not a label."""
     if isinstance(value, list | tuple | set | dict):
-        return "; an example has exactly one: write it as a text or a whole number"
+        return "; an example has exactly one, a text or a whole number, unless data.multi_label is true"
     if value is None or value != value:
         return ": the cell is empty"
     if isinstance(value, float | Decimal):

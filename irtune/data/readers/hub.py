@@ -43,7 +43,8 @@ def hub_rows(part: Any, where: str, columns: Columns) -> Iterator[tuple[int, Row
     """
     check_names(part.column_names, where)
     wanted = set(columns(part.column_names))
-    classes = {name: kind.names for name, kind in part.features.items() if getattr(kind, "names", None)}
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in part.features.items()}  # of lists, of their items
+    classes = {name: kind.names for name, kind in kinds.items() if getattr(kind, "names", None)}
     number = 0
     try:
         for number, row in enumerate(part.select_columns([name for name in part.column_names if name in wanted]), 1):

@@ -115,7 +115,8 @@ def class_names(schema: Any, path: Path) -> dict[str, list[str]]:
         return {}
     try:
         features = json.loads(note)["info"]["features"]
-        classes = {name: kind["names"] for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        kinds = {name: kind.get("feature") or kind for name, kind in features.items()}  # of lists, that of their items
+        classes = {name: kind["names"] for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: what the schema notes under 'huggingface' is damaged: {brief(note)}") from error
     return {
@@ -126,11 +127,17 @@ def class_names(schema: Any, path: Path) -> dict[str, list[str]]:
 
 
 def named_classes(row: Row, classes: dict[str, list[str]]) -> Row:
-    """`row` with names for its numbers of classes. Hidden labels of a test split are -1, which must not become one."""
+    """`row` with names for its numbers of classes, also in lists. Hidden labels of a test split are -1, which must not
+    become one.
+    """
+
+    def named(value: Any, names: list[str]) -> Any:
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
     for column, names in classes.items():
         value = row.get(column)
-        if isinstance(value, int) and 0 <= value < len(names):
-            row[column] = names[value]
+        if column in row:
+            row[column] = [named(item, names) for item in value] if isinstance(value, list) else named(value, names)
     return row
 
 

@@ -3,23 +3,28 @@
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from irtune.config.labels import canonical
 from irtune.config.schema import DataConfig
 from irtune.data.readers.cells import MAX_LABELS, Row, as_label, as_name, as_text, as_weight, listed
 from irtune.errors import DataError
+from irtune.tasks import task_of
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row that was read: its number in its file, and its label as it is there and as `data.labels` calls it."""
+    """A row that was read: its number in its file, and its label as it is there and as `data.labels` calls it.
+
+    raw, label: a text each; of other tasks, what `Task.read` returns.
+    """
 
     number: int
     id: str | None
     before: str
     after: str | None
-    raw: str
-    label: str
+    raw: Any
+    label: Any
     group: str | None
     weight: float = 1.0
 
@@ -28,7 +33,7 @@ class RecordReader:
     """Reads the records of one split."""
 
     def __init__(self, where: str, data: DataConfig):
-        self.where, self.data = where, data
+        self.where, self.data, self.task = where, data, task_of(data)
         columns = (data.before, data.after, data.label, data.group, data.weight)
         self.needed = [name for name in columns if name is not None]
         self._labels: dict[str, str] = {}  # raw labels that were checked, and their names
@@ -72,7 +77,9 @@ class RecordReader:
             for column in self.needed:
                 if column not in row:
                     raise DataError(f"{self.where}, row {number}: no column {column!r}, which other rows have")
-            if not dropped or str(canonical(row[self.data.label])) not in dropped:
+            place = f"{self.where}, row {number}, column {self.data.label!r}"
+            raw = self.task.values(row[self.data.label], place) if dropped else []
+            if not any(str(canonical(value)) in dropped for value in raw):
                 records.append(self._record(number, row))
         return records
 
@@ -82,7 +89,7 @@ class RecordReader:
         def place(column: str) -> str:
             return f"{self.where}, row {number}, column {column!r}"
 
-        raw, label = self._label(row[data.label], place(data.label))
+        raw, label = self.task.read(row[data.label], place(data.label), self._label)
         return Record(
             number=number,
             id=as_name(row[data.id], place(data.id), "id", "data.id") if data.id in row else None,

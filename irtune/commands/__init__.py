@@ -15,8 +15,10 @@ COMMANDS = {
     "doctor": ("doctor", "versions, accelerators, interfaces, speed of all-reduce, and what is wrong"),
     "data": (
         "data",
-        "`data stats`: rows, labels, lengths, duplicates, leakage; `data baseline`: what is easily reached",
+        "`data stats`: rows, labels, lengths, duplicates, leakage; `data baseline`: what is easily reached; `data "
+        "curate`: labels that are probably wrong; `data terms`: words for a head; `data select`: rows worth labelling",
     ),
+    "pseudo": ("pseudo", "label texts by the vote of several runs, to train on them"),
     "compare": ("compare", "methods, adapters, corpora and seeds side by side"),
     "crossvalidate": ("crossvalidate", "stratified k-fold training on a small corpus"),
 }

@@ -2,13 +2,15 @@
 
 import argparse
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from irtune.config.schema import RISKS
+from irtune.config.schema import RISKS, DataConfig
+from irtune.config.tasks import SINGLE, WORDS, task_name
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
 from irtune.errors import ConfigError
@@ -54,17 +56,22 @@ def parser(name: str, description: str, example: str, *, trainer: bool = False) 
     )
 
 
-def add_run(options: argparse.ArgumentParser) -> None:
-    """The options of every command that loads a run."""
-    add_folder(options)
+def add_run(options: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The options of every command that loads a run; `several`: --run may be given more than once, and is a list."""
+    add_folder(options, several=several)
     options.add_argument("--batch_size", type=at_least(1), default=16, help="examples per forward pass (default 16)")
 
 
-def add_folder(options: argparse.ArgumentParser) -> None:
-    """--run, and what a run's folder may not decide by itself."""
-    options.add_argument(
-        "--run", required=True, type=a_path, help="folder of a finished run (its run.output_dir), or an export"
-    )
+def add_folder(options: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--run, and `add_trust`."""
+    what = "folder of a finished run (its run.output_dir), or an export"
+    more = "; given several times, the runs' probabilities are averaged" if several else ""
+    options.add_argument("--run", required=True, type=a_path, action="append" if several else "store", help=what + more)
+    add_trust(options)
+
+
+def add_trust(options: argparse.ArgumentParser) -> None:
+    """What a run's folder may not decide by itself."""
     for risk in RISKS:
         options.add_argument(f"--{risk}", action="store_true", help=f"the run's model.{risk} is meant")
 
@@ -106,6 +113,23 @@ def at_least(least: int, most: int = 999_999) -> Callable[[str], int]:
         return int(text)
 
     return whole_number
+
+
+def a_share(text: str) -> float:
+    """The type of an option that takes a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r}; accepted: a number from 0 to 1")
+    return number
+
+
+def check_single(data: DataConfig, what: str) -> None:
+    """Raise a ConfigError where `what` is asked for and the examples of a run have no single label."""
+    if task_name(data) != SINGLE:
+        raise ConfigError(f"{what} is for one label per example, and the run has {WORDS[task_name(data)]}")
 
 
 @contextlib.contextmanager

@@ -12,9 +12,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from irtune.commands.common import a_path, add_json, add_run, parser, ranks, show, show_json, table, trusted
 from irtune.data import Example, read_split
 from irtune.distributed import runtime
+from irtune.errors import ConfigError
 from irtune.evaluation.bootstrap import intervals
+from irtune.evaluation.ensemble import Ensemble, open_runs
 from irtune.evaluation.metrics import Predictions, metrics
-from irtune.evaluation.saved_run import LoadedRun, load_run
+from irtune.evaluation.saved_run import LoadedRun
 from irtune.files import replacing, write_json, writing
 from irtune.tracking.pictures import confusion_map
 
@@ -27,21 +29,23 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluate a run on one split; write evaluation.json and confusion_matrix.png, print a table or the JSON."""
     options = parser(
         "evaluate",
-        "Metrics of a finished run on a corpus: accuracy, macro and per-class scores, AUPRC, 95 % bootstrap intervals, "
-        "expected calibration error, confusion matrix (also as PNG) and the 20 most confident mistakes. Where an "
-        "example has a set of labels: without the error and the matrix; of values: Pearson, Spearman, R2 and the "
-        "largest errors.",
+        "Metrics of a finished run, or of the mean of several (--run A --run B), on a corpus: accuracy, macro and "
+        "per-class scores, AUPRC, 95 % bootstrap intervals, expected calibration error, confusion matrix (also as PNG) "
+        "and the 20 most confident mistakes. Where an example has a set of labels: without the error and the matrix; "
+        "of values: Pearson, Spearman, R2 and the largest errors.",
         "python -m irtune evaluate --run runs/mine --data corpus/ --split test",
     )
-    add_run(options)
+    add_run(options, several=True)
     add_json(options)
     options.add_argument("--data", required=True, help="file, folder or hub id, with the columns of the run")
     options.add_argument("--split", choices=("dev", "test", "train"), default="test", help="split (default test)")
     options.add_argument("--output_dir", type=a_path, help="folder of the results (default: RUN/evaluation_SPLIT)")
     given = options.parse_args(list(arguments))
+    if len(given.run) > 1 and given.output_dir is None:
+        raise ConfigError("several runs have no folder in common: name one for their results with --output_dir")
     with ranks() as world:
         with runtime.shared_errors():
-            run = load_run(given.run, world.device, trusted=trusted(given))
+            run = open_runs(given.run, world.device, trusted(given))
             # A configuration is that of the training corpus; of another, a folder of it can be named.
             config = run.config.data.config if _same(given.data, run.config.data.path) else None
             data = dataclasses.replace(run.config.data, path=given.data, config=config, train=None, dev=None, test=None)
@@ -49,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
         predictions = run.predict(examples, given.batch_size)
         if world.is_main:
             found = evaluate(run, examples, predictions) | {"split": given.split, "data": given.data}
-            folder = given.output_dir or given.run / f"evaluation_{given.split}"
+            found["run"] = ", ".join(map(str, given.run))
+            folder = given.output_dir or given.run[0] / f"evaluation_{given.split}"
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / "evaluation.json", found)
@@ -65,7 +70,7 @@ def _same(one: str, other: str | None) -> bool:
     return other is not None and len({os.path.realpath(os.path.expanduser(name)) for name in (one, other)}) == 1
 
 
-def evaluate(run: LoadedRun, examples: Sequence[Example], predictions: Predictions) -> dict[str, Any]:
+def evaluate(run: LoadedRun | Ensemble, examples: Sequence[Example], predictions: Predictions) -> dict[str, Any]:
     """Everything that is reported, in plain JSON types."""
     task, labels = predictions.task, predictions.labels
     predicted = task.predicted(predictions.logits)
@@ -73,7 +78,6 @@ def evaluate(run: LoadedRun, examples: Sequence[Example], predictions: Predictio
     confidence = task.confidence(predictions)
     order = sorted(wrong.nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))
     return metrics(predictions, run.labels) | {
-        "run": str(run.folder),
         **_certainty(predictions, predicted, len(run.labels)),
         "most_confident_mistakes": [
             {
@@ -100,7 +104,7 @@ def _certainty(predictions: Predictions, predicted: torch.Tensor, classes: int) 
     return found
 
 
-def _text(found: dict[str, Any], run: LoadedRun, folder: Path) -> str:
+def _text(found: dict[str, Any], run: LoadedRun | Ensemble, folder: Path) -> str:
     intervals_95, task = found.get("intervals_95", {}), run.task
 
     def headline(name: str, words: str) -> str:

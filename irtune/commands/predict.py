@@ -14,7 +14,8 @@ from irtune.data import Example
 from irtune.data.readers.cells import as_text, listed
 from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
 from irtune.errors import ConfigError, DataError
-from irtune.evaluation.saved_run import LoadedRun, load_run
+from irtune.evaluation.ensemble import Ensemble, open_runs
+from irtune.evaluation.saved_run import LoadedRun
 from irtune.files import to_json, write_text, writing
 from irtune.tasks.base import Label
 
@@ -25,14 +26,14 @@ def main(arguments: Sequence[str]) -> int:
     """Read texts, predict, write the input's columns with `predicted` and `probabilities`."""
     options = parser(
         "predict",
-        "Label texts with a finished run. Input in any format of a corpus, or JSON lines on standard input (-); the "
-        "columns are those of the run's configuration. Output: the input's columns with predicted, probability, and "
-        "probabilities (in tables p_LABEL for each label); of a set of labels no single probability, and of a value "
-        "predicted only. Where the input has a column of such a name, it is kept and "
-        "the new ones end with _2.",
+        "Label texts with a finished run, or with the mean of several (--run A --run B). Input in any format of a "
+        "corpus, or JSON lines on standard input (-); the columns are those of the (first) run's configuration. "
+        "Output: the input's columns with predicted, probability, and probabilities (in tables p_LABEL for each "
+        "label); of a set of labels no single probability, and of a value predicted only. Where the input has a column "
+        "of such a name, it is kept and the new ones end with _2.",
         "python -m irtune predict --run runs/mine --input new.csv --output labelled.csv",
     )
-    add_run(options)
+    add_run(options, several=True)
     options.add_argument(
         "--input", required=True, type=_path_or_dash, help="file, or - for JSON lines on standard input"
     )
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = _rows(given.input)
         if target is not None:
             _check_cells(rows, given.input, target)
-        run = load_run(given.run, world.device, trusted=trusted(given))
+        run = open_runs(given.run, world.device, trusted(given))
         if given.after is not None and run.config.data.after is None:
             raise ConfigError(
                 f"--after {given.after!r}: the run was trained on single texts (data.after is null); leave it out"
@@ -110,8 +111,15 @@ def _check_cells(rows: NumberedRows, source: Path | str, target: Path) -> None:
                     raise DataError(f"{place}: {what}; accepted: .jsonl") from None
 
 
-def to_examples(rows: NumberedRows, where: str, before: str, after: str | None, label: Label = 0) -> list[Example]:
-    """Examples from rows; their label, which nobody knows, is `label`.
+def to_examples(
+    rows: NumberedRows,
+    where: str,
+    before: str,
+    after: str | None,
+    label: Label = 0,
+    advice: str = "name others with --before and --after",
+) -> list[Example]:
+    """Examples from rows, whose ids are the rows' numbers; their label, which nobody knows, is `label`.
 
     Raises:
         DataError: for a column that is missing or a cell that is not text; names file, row and column.
@@ -121,14 +129,14 @@ def to_examples(rows: NumberedRows, where: str, before: str, after: str | None, 
         texts = []
         for column in (before, after) if after is not None else (before,):
             if column not in row:
-                known = f"columns: {listed(row)}; name others with --before and --after"
+                known = f"columns: {listed(row)}; {advice}"
                 raise DataError(f"{where}, row {number}: no column {column!r}; {known}")
             texts.append(as_text(row[column], f"{where}, row {number}, column {column!r}"))
         examples.append(Example(str(number), texts[0], texts[1] if after is not None else None, label))
     return examples
 
 
-def _write(target: Path | None, rows: NumberedRows, found: list[dict[str, Any]], run: LoadedRun) -> None:
+def _write(target: Path | None, rows: NumberedRows, found: list[dict[str, Any]], run: LoadedRun | Ensemble) -> None:
     """Write rows and what `Task.written` gave to `target`, complete or not at all; None: standard output."""
     lists = target is None or target.suffix.lower() == ".jsonl"
     names = list(dict.fromkeys(name for _, row in rows for name in row))

@@ -195,10 +195,29 @@ def _check_model(config: Config) -> list[str]:
             f"model.pooling {config.model.pooling} reads the marked edits, and {prompt} marks none; set data.prompt to "
             "diff without a template, or model.pooling to class, last, cls or mean"
         )
+    if config.model.head_init is not None:
+        problems += _check_head_init(config.model)
     if config.model.head != "linear" and config.model.pooling == "class":
         problems.append(
             f"model.head {config.model.head} goes with every model.pooling but class, whose head is the model's own"
         )
+    return problems
+
+
+def _check_head_init(model: ModelConfig) -> list[str]:
+    """What else decides where the head starts, or what it reads."""
+    problems = []
+    if model.pooling not in ("class", "last"):
+        problems.append(
+            f"model.head_init makes a head that reads the last token, and model.pooling is {model.pooling}; set "
+            "model.pooling to last or class"
+        )
+    if model.head != "linear":
+        problems.append(
+            f"model.head_init makes a linear head, and model.head is {model.head}; set model.head to linear"
+        )
+    if model.start_from is not None:
+        problems.append("model.head_init and model.start_from both set the start of the head; remove one of the two")
     return problems
 
 

@@ -9,22 +9,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from irtune.config.declarations import adapter_kinds, methods
-from irtune.config.limits import Form, Limit, OneOf, Range
+from irtune.config.limits import BETAS, FOLD, MODEL, SEPARATOR, STRATA, Limit, OneOf, Range
 
 MAX_WIDTH = 2**16  # rank or width of an adapter; wider ones are typing errors that would fill the memory
-
-
-def _is_fold(text: str) -> bool:
-    k, slash, n = text.partition("/")
-    numbers = slash and k.isdecimal() and n.isdecimal() and len(k + n) < 20
-    return bool(numbers) and int(n) >= 2 and 1 <= int(k) <= int(n)
-
-
-MODEL = Form("a folder, a hub id or a preset", str.strip)
-FOLD = Form("K/N with 1 <= K <= N and N at least 2, such as 2/5", _is_fold)
-STRATA = Form("[a, b] with 0 <= a <= b <= layers", lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1])
-SEPARATOR = Form("a text that is not empty", bool)
-BETAS = Form("two numbers from 0 to below 1", lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas))
 
 
 @dataclass(kw_only=True)
@@ -37,6 +24,10 @@ class ModelConfig:
     start_from: str | None = None
     """Folder of a run, or of an adapter, whose adapter and head this run starts from, for example from a large corpus
     of lower quality to a small one. With other labels, the head starts anew. null: from fresh ones."""
+    head_init: str | None = None
+    """YAML file {label: {term: score}}, such as `python -m irtune data terms` proposes: each row of the head starts as
+    the mean of the rows that the language model's head has for the terms, times their scores, so that a decoder with
+    data.prompt instruction predicts before any training. Not for encoders. null: a random head, or zeros."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the base weights and of the computation."""
     quantization: Literal["none", "nf4", "int8"] = "none"
@@ -126,6 +117,9 @@ class DataConfig:
     """File of the development split, when it is not found by data.path."""
     test: str | None = None
     """File of the test split, when it is not found by data.path. Evaluated once, at the end."""
+    pseudo: str | None = None
+    """File that `python -m irtune pseudo` wrote: its rows train along with the training split. They are never in dev,
+    test or a fold, and class counts leave them out."""
     before: str = "before"
     """Column with the text before the revision (or the only text)."""
     after: str | None = "after"

@@ -39,6 +39,8 @@ def task_problems(config: Config) -> list[str]:
         ("optim.positive_weight false", not optim.positive_weight, MULTI),
         ("optim.label_smoothing", optim.label_smoothing > 0, SINGLE),
         ("optim.class_weights", optim.class_weights is not None, SINGLE),
+        ("data.pseudo", data.pseudo is not None, SINGLE),
+        ("model.head_init", config.model.head_init is not None, SINGLE),
         ("optim.mixup", optim.mixup > 0, SINGLE),
         ("optim.contrastive", optim.contrastive > 0, SINGLE),
         ("optim.rdrop", optim.rdrop > 0, SINGLE),

@@ -11,8 +11,8 @@ from irtune.redaction import redact
 
 LARGEST = 2**31 - 1
 MAX_CHARACTERS = 4_096
-PATHS = {"data.path", "data.train", "data.dev", "data.test", "data.synonyms", "model.name_or_path", "run.output_dir",
-         "run.resume", "deepspeed"}  # fmt: skip
+PATHS = {"data.path", "data.train", "data.dev", "data.test", "data.synonyms", "data.pseudo", "model.name_or_path",
+         "model.head_init", "run.output_dir", "run.resume", "deepspeed"}  # fmt: skip
 # Answers of the file system that matter only to those who read the file: a corpus in another's folder does not keep
 # anybody from predicting with what was trained on it.
 _LATER = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)

@@ -9,7 +9,7 @@ from irtune.data.batches import (
     padded_lengths,
     total_steps,
 )
-from irtune.data.corpus import Corpus, Example, corpus_digest, read_corpus, read_split
+from irtune.data.corpus import Corpus, Example, check_apart, corpus_digest, read_corpus, read_split
 from irtune.data.prompts import Encoded, Encoder
 from irtune.data.readers.tables import read_table
 
@@ -21,6 +21,7 @@ __all__ = [
     "Encoder",
     "Example",
     "build_sampler",
+    "check_apart",
     "collate",
     "corpus_digest",
     "evaluation_batches",

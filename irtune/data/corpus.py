@@ -28,7 +28,7 @@ class Example:
     """One revision: a text before, a text after (None for single texts), its label, its document.
 
     label: its number; of other tasks, a tuple of numbers or a value, see `irtune.tasks`.
-    weight: how much it counts in the training loss.
+    weight: how much it counts in the training loss. pseudo: its label is a prediction (data.pseudo).
     """
 
     id: str
@@ -37,6 +37,7 @@ class Example:
     label: Label
     group: str | None = None
     weight: float = 1.0
+    pseudo: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_corpus(data: DataConfig) -> Corpus:
         DataError: for missing files, columns, splits or rows, labels that are unknown or appear only outside the
             training split, and cells that are not text. Names the file, row, column and value.
     """
-    tables = _find_splits(data)
+    tables = find_splits(data)
     if data.fold is not None or "dev" not in tables:
         tables |= _held_out(tables, data)
     labels = _label_names(tables, data)
@@ -73,7 +74,38 @@ def read_corpus(data: DataConfig) -> Corpus:
     for split, examples in splits.items():
         if split != "train":
             warn_of_missing_labels(examples, split, labels, task_of(data))
+    if data.pseudo is not None:
+        splits["train"] = splits["train"] + _pseudo_examples(data, splits, index)
     return Corpus(splits, labels, task_of(data))
+
+
+def _pseudo_examples(data: DataConfig, splits: dict[str, list[Example]], index: dict[str, int]) -> list[Example]:
+    """The rows of data.pseudo, which carry labels by their names in this corpus."""
+    plain = replace(data, labels=list(index), drop_labels=[], group=None, weight=None)
+    where, records = _read_files([Path(str(data.pseudo)).expanduser()], plain)
+    examples = [
+        Example(f"pseudo:{record.number}", record.before, record.after, index[record.label], pseudo=True)
+        for record in records
+    ]
+    check_apart(examples, splits, f"data.pseudo {where}")
+    return examples
+
+
+def check_apart(examples: Sequence[Example], splits: dict[str, list[Example]], where: str) -> None:
+    """Look whether `examples`, whose ids tell their rows in `where`, share no text with dev or test.
+
+    Raises:
+        DataError: naming the first that does.
+    """
+    for split in ("dev", "test"):
+        held_out = {(example.before, example.after): example.id for example in splits.get(split, [])}
+        for example in examples:
+            if (example.before, example.after) in held_out:
+                there = held_out[example.before, example.after]
+                raise DataError(
+                    f"{where}, row {example.id.rpartition(':')[2]}: the same text is in the {split} split ({there}), "
+                    "which nothing may train on; remove the row"
+                )
 
 
 def warn_of_missing_labels(
@@ -136,35 +168,51 @@ def _examples(records: list[Record], split: str, where: str, data: DataConfig, i
 
 def _held_out(tables: Tables, data: DataConfig) -> Tables:
     """Train and dev split by `data.fold` or `data.dev_fraction`: no document is in both."""
-    joined = [(split, record) for split in ("train", "dev") for record in tables.get(split, ("", []))[1]]
-    where, strata = tables["train"][0], task_of(data).strata
-    groups = [f"{split}:{record.number}" if record.group is None else record.group for split, record in joined]
+    where = tables["train"][0]
     if data.fold is None:
+        records = tables["train"][1]
+        groups = [f"train:{record.number}" if record.group is None else record.group for record in records]
         share = data.dev_fraction or 0.1
-        out, remark = draw_share(strata([record.label for _, record in joined]), groups, share, data.split_seed)
+        strata = task_of(data).strata([record.label for record in records])
+        out, remark = draw_share(strata, groups, share, data.split_seed)
         if remark is not None:
             log.warning("%s: %s", where, remark)
         if not any(out):
             what = "no whole document can leave" if data.group else "each label has only one example in"
             raise DataError(f"{where}: data.dev_fraction {share:g} makes no dev split: {what} the training split")
-        rows = [(record, held) for (_, record), held in zip(joined, out)]
+        rows = list(zip(records, out))
         return {"train": (where, [r for r, held in rows if not held]), "dev": (where, [r for r, held in rows if held])}
     held_out, folds = (int(part) for part in data.fold.split("/"))
-    if folds > len(set(groups)):
-        what = "documents" if data.group else "examples"
-        raise DataError(f"{where}: {folds} folds need at least as many {what}, not {len(set(groups))}")
-    place = fold_of(strata([record.raw for _, record in joined]), groups, folds, data.split_seed)
-    # Numbers continue after those of the training file, so that ids made of them stay different.
-    last = max(record.number for _, record in joined)
-    records = [record if split == "train" else replace(record, number=last + record.number) for split, record in joined]
+    records, place = fold_records(tables, data, folds)
     dev = [record for record, fold in zip(records, place) if fold == held_out - 1]
     if not dev:
         raise DataError(f"{where}: too few examples of each label for {folds} folds; use fewer, or a larger corpus")
     return {"train": (where, [r for r, fold in zip(records, place) if fold != held_out - 1]), "dev": (where, dev)}
 
 
-def _find_splits(data: DataConfig) -> Tables:
-    """Rows of each split with the place they come from, for messages."""
+def fold_records(tables: Tables, data: DataConfig, folds: int) -> tuple[list[Record], list[int]]:
+    """Records of the train and then the dev split, numbered through, and the fold of each, as `fold_of` draws it.
+
+    Raises:
+        DataError: for more folds than documents or examples.
+    """
+    joined = [(split, record) for split in ("train", "dev") for record in tables.get(split, ("", []))[1]]
+    groups = [f"{split}:{record.number}" if record.group is None else record.group for split, record in joined]
+    if folds > len(set(groups)):
+        what = "documents" if data.group else "examples"
+        raise DataError(f"{tables['train'][0]}: {folds} folds need at least as many {what}, not {len(set(groups))}")
+    place = fold_of(task_of(data).strata([record.raw for _, record in joined]), groups, folds, data.split_seed)
+    # Numbers continue after those of the training file, so that ids made of them stay different.
+    last = max(record.number for _, record in joined)
+    return [r if split == "train" else replace(r, number=last + r.number) for split, r in joined], place
+
+
+def find_splits(data: DataConfig) -> Tables:
+    """Rows of each split with the place they come from, for messages, before a dev split is made of any.
+
+    Raises:
+        DataError: as `read_corpus`, for files and rows.
+    """
     if data.path is None:
         _refuse_config(data, "data.path is not set")
     found: Tables = {}
@@ -280,4 +328,6 @@ def corpus_digest(corpus: Corpus) -> str:
             found.update(repr((one.id, one.before, one.after, one.label, one.group)).encode("utf-8", "surrogatepass"))
             if one.weight != 1:
                 found.update(f"\0weight {one.weight!r}\0".encode())
+            if one.pseudo:
+                found.update(b"\0pseudo\0")
     return found.hexdigest()

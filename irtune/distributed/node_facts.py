@@ -65,7 +65,7 @@ def flat(config: Any, settings: Mapping[str, Any]) -> dict[str, str]:
         if hasattr(section, "__dataclass_fields__")
         for key, value in vars(section).items()
     }
-    for name in ("path", "train", "dev", "test"):
+    for name in ("path", "train", "dev", "test", "pseudo"):
         options.pop(f"data.{name}", None)
 
     def add(prefix: str, value: Any) -> None:

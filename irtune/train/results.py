@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from irtune import __version__
+from irtune.data import corpus_digest
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
 from irtune.memory.measure import peak_host_memory_bytes, peak_memory_bytes
@@ -45,6 +46,7 @@ def collect_results(trainer: Trainer, metrics: dict[str, Any], world: World) -> 
         "training_seconds": progress.training_seconds,
         "examples_per_second": sampler.examples(progress.step) / max(progress.training_seconds, 1e-9),
         "examples_per_step": sampler.examples_per_step,
+        "corpus_sha256": corpus_digest(trainer.data.corpus),
         "world_size": world.size,
         "zero_stage": engine.stage,
         "num_layers": engine.table.num_layers,

@@ -28,6 +28,7 @@ HARMLESS = (
     "trust_remote_code",
     "allow_pickle",
     "start_from",
+    "head_init",
 )
 
 
@@ -88,7 +89,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
     optim = {key: value for key, value in vars(config.optim).items() if key not in DERIVED}
-    places = ("path", "config", "train", "dev", "test", "synonyms")
+    places = ("path", "config", "train", "dev", "test", "synonyms", "pseudo")
     return {
         "model": {key: value for key, value in vars(config.model).items() if key not in HARMLESS},
         "adapter": vars(config.adapter),

@@ -42,6 +42,7 @@ from irtune.memory import MemoryEstimate, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
 from irtune.models import Classifier, load_classifier
 from irtune.models.anatomy import output_projections
+from irtune.models.head_words import start_from_words
 from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
 from irtune.selection.registry import build_chooser
@@ -124,6 +125,8 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         classifier = load_classifier(
             config.model, corpus.labels, sharded=_sharded(config, settings), problem_type=corpus.task.problem_type
         )
+        if config.model.head_init is not None:
+            start_from_words(classifier, config.model, corpus.labels)
         check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
     nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})

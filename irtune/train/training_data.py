@@ -97,9 +97,9 @@ class TrainingData:
         return [[self.corpus.splits["train"][i].id for i in positions] for positions in mine]
 
     def label_counts(self) -> list[int]:
-        """Training examples of each class."""
-        numbers = self.corpus.task.numbers
-        labels = [number for example in self.corpus.splits["train"] for number in numbers(example.label)]
+        """Training examples of each class, without those that have a predicted label."""
+        numbers, known = self.corpus.task.numbers, [e for e in self.corpus.splits["train"] if not e.pseudo]
+        labels = [number for example in known for number in numbers(example.label)]
         return [labels.count(number) for number in range(len(self.corpus.labels))]
 
     def evaluation(self, split: str, forward: Callable[[Batch], torch.Tensor]) -> Predictions:

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from irtune.cli import main
 from irtune.commands import COMMANDS
+from irtune.commands.data.curate import read_folds
 from irtune.commands.evaluate import _same
 from irtune.commands.predict import _write
 from irtune.data.synthetic import synthetic_pairs
@@ -249,6 +250,9 @@ def test_crossvalidation_holds_every_example_out_once(llama, corpus, tmp_path):
     assert len(ids) == len(set(ids)) == 64 + 20
     found = json.loads((folder / "crossvalidate.json").read_text())
     assert found["folds"] == 2 and len(found["metrics"]["macro_f1"]["folds"]) == 2 and not found["errors"]
+    # Every training row has a prediction of the run that did not see it; test_curate.py says what is made of them.
+    assert len(read_folds(folder).probabilities) == 64
+    assert main(["data", "curate", "--folds", str(folder)]) == 0
 
 
 @pytest.mark.quick

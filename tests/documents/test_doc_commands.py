@@ -138,6 +138,12 @@ ELSEWHERE = {
     r"python benchmarks/nodes\.py": "tests/jobs/test_nodes.py::test_the_cable_carries_what_the_plan_says",
     r"python benchmarks/scaling\.py": "tests/benchmarks/test_scaling.py::test_the_page_has_the_table",
     r"python -m irtune crossvalidate ": "tests/commands/test_commands.py::test_crossvalidation_holds_every_example_out_once",  # noqa: E501
+    r"python -m irtune data curate ": "tests/commands/test_curate.py::test_the_new_corpus_is_read_like_the_old_one",
+    r"python -m irtune data (terms|baseline .*--model\.head_init) ": "tests/models/test_head_words.py::"
+    "test_a_run_starts_with_it_and_baseline_tells_what_it_predicts",
+    r"python -m irtune data select ": "tests/commands/test_select.py::test_the_most_uncertain_come_first",
+    r"python -m irtune pseudo ": "tests/commands/test_pseudo.py::"
+    "test_the_mean_of_the_runs_labels_and_data_pseudo_reads_it",
     r"python -m irtune doctor$": "tests/commands/test_doctor.py::test_it_measures_between_ranks",
     r"(\w+=\S+ )*bash launch/multinode_deepspeed\.sh ": "tests/jobs/test_launch.py::test_two_hosts_train",
     r"(\w+=\S+ )*bash launch/torchrun_node\.sh ": "tests/jobs/test_launch.py::"

@@ -3,13 +3,14 @@
 import contextlib
 import ctypes
 import gc
+import json
 import logging
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from irtune.adapters import Suppression, add_adapters, write_adapter
 from irtune.config import AdapterConfig, ModelConfig
@@ -18,6 +19,7 @@ from irtune.distributed.partitioned import is_partitioned, whole
 from irtune.evaluation.start import start_from
 from irtune.models import load_classifier
 from irtune.models.anatomy import output_projections
+from irtune.models.head_words import start_from_words
 from irtune.selection.signal_noise import layer_ratios
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_model
@@ -123,8 +125,10 @@ def test_a_head_for_other_labels_is_replaced_under_every_stage(tmp_path):
         assert sentence.startswith("score.weight has shape (2, 32) in the files and (3, 32) in the model: every rank")
 
 
-def put_in(model, cases, sharded):
+def put_in(model, cases, sharded, terms=None):
     """For each case, a name and settings of the adapter: what reading, adding and remembering made of the model.
+
+    With the file `terms`, its head is made of words first.
 
     Returns:
         Per case: all values, those of the layers turned down, what was read of weights, bytes kept, growth of memory.
@@ -134,8 +138,10 @@ def put_in(model, cases, sharded):
     for name, (settings, ratios) in cases.items():
         torch.manual_seed(0)
         with growth() as grown:
-            config = ModelConfig(name_or_path=str(model), dtype="float32")
+            config = ModelConfig(name_or_path=str(model), dtype="float32", head_init=terms)
             classifier = load_classifier(config, ["a", "b_c", "d"], sharded=sharded)
+            if terms is not None:
+                start_from_words(classifier, config, ["a", "b_c", "d"])
             read = layer_ratios(classifier.model, classifier.anatomy) if ratios else None
             weights = output_projections(classifier.model, classifier.anatomy)
             model_, table = add_adapters(classifier, AdapterConfig(**settings))
@@ -174,11 +180,16 @@ TYPES = {
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_all_types_and_scores_find_the_whole_model_in_its_shares(request, kind):
+def test_all_types_and_scores_find_the_whole_model_in_its_shares(request, kind, tmp_path):
     folder = request.getfixturevalue(kind)
+    terms = None
+    if kind == "gpt2":  # its language-model head is its embeddings, of which each rank holds a share
+        words = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens([5, 9, 20])
+        (tmp_path / "terms.yaml").write_text(json.dumps(dict(zip(["a", "b_c", "d"], ({word: 1} for word in words)))))
+        terms = str(tmp_path / "terms.yaml")
     cases = {name: ({"type": name} | settings, name == "none") for name, settings in TYPES[kind].items()}
-    (plain,) = run_ranks(put_in, 1, folder, cases, None)
-    for results in run_ranks(put_in, 2, folder, cases, ZERO):
+    (plain,) = run_ranks(put_in, 1, folder, cases, None, terms)
+    for results in run_ranks(put_in, 2, folder, cases, ZERO, terms):
         for name, (first, down, read, *_, own) in plain.items():
             assert results[name][:3] == (first, down, read), name
             assert own == results[name][-1]

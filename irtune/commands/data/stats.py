@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from irtune.commands.common import add_json, parser, show, show_json, table
-from irtune.config import load_config
+from irtune.config import Config, load_config
 from irtune.data import Corpus, Encoder, Example, read_corpus
-from irtune.evaluation.metrics import Predictions, metrics
-from irtune.models.classifier import load_tokenizer
+from irtune.evaluation.metrics import Predictions, metrics, predict
+from irtune.models.classifier import load_classifier, load_tokenizer
+from irtune.models.head_words import start_from_words
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,8 +20,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parser(
         "data",
         "stats: rows, labels, lengths, duplicates and leakage between splits of a corpus. baseline: what the most "
-        "frequent label and a linear model of the changed words reach on dev. Columns and presets are set as for "
-        "training (--data.preset, --data.before, ...).",
+        "frequent label, a linear model of the changed words and, with --model.head_init, an untrained head of words "
+        "reach on dev. Columns and presets are set as for training (--data.preset, --data.before, ...). "
+        "curate, terms and select have a --help of their own.",
         "python -m irtune data stats --data corpus/ --data.preset iterater-human",
         trainer=True,
     )
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     corpus = read_corpus(config.data)
     if given.what == "baseline":
         rows = baselines(corpus)
+        if config.model.head_init is not None:
+            rows["head of words, before any training"] = untrained(config, corpus)
         show_json(rows) if given.json else show(_compared(rows, list(corpus.task.headline)))
         return 0
     found = statistics(corpus)
@@ -57,6 +61,24 @@ def baselines(corpus: Corpus) -> dict[str, dict[str, Any]]:
         title: metrics(Predictions(row.expand(len(dev), -1), labels, task), corpus.labels),
         "linear model of changed words": linear_baseline(corpus).metrics["dev"],
     }
+
+
+def untrained(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """Metrics on dev of the model with the head that model.head_init makes, before any training."""
+    classifier = load_classifier(config.model, corpus.labels)
+    start_from_words(classifier, config.model, corpus.labels)
+    encoder = Encoder(classifier.tokenizer, config.data, corpus.labels)
+    found = predict(
+        lambda batch: classifier.model.eval()(**batch).logits,
+        [encoder.encode(example) for example in corpus.splits["dev"]],
+        [example.label for example in corpus.splits["dev"]],
+        len(corpus.labels),
+        batch_size=config.optim.micro_batch_size,
+        pad_token_id=int(classifier.tokenizer.pad_token_id),  # type: ignore[arg-type]
+        device=torch.device("cpu"),
+        task=corpus.task,
+    )
+    return metrics(found, corpus.labels)
 
 
 def _compared(rows: dict[str, dict[str, Any]], names: list[str]) -> str:

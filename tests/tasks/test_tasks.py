@@ -13,7 +13,7 @@ from sklearn import metrics as oracle
 from irtune import cli
 from irtune.commands.compare.picture import draw
 from irtune.commands.compare.report import columns, write_csv, write_markdown
-from irtune.commands.data import baselines, statistics
+from irtune.commands.data.stats import baselines, statistics
 from irtune.config import DataConfig, OptimConfig, load_config
 from irtune.data import read_corpus, read_split
 from irtune.engine.losses import binary, build_loss, positive_weights

@@ -25,7 +25,7 @@ from irtune.evaluation.saved_run import check_will_load
 from irtune.evaluation.start import start_from
 from irtune.memory import describe, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
-from irtune.models import load_classifier
+from irtune.models import RunFacts, load_classifier
 from irtune.models.classifier import load_tokenizer
 from irtune.models.limits import check_tokens
 from irtune.models.pooling import check_pooling
@@ -132,6 +132,7 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     classifier = load_classifier(config.model, corpus.labels, problem_type=corpus.task.problem_type)
+    classifier.run = RunFacts.of(config)
     check_length(config, classifier)
     check_tokens(classifier, encoded.values())
     guard = watch(classifier, encoded["train"], patient=True)

@@ -17,12 +17,14 @@ class AdapterTraits:
 
     pretrained: the layers' parameters are the model's own weights, which need not be saved before they train.
     below: parameters outside the layers need gradients through all of them: embeddings, a prompt.
+    connected: a layer reads more than its input, so that it cannot be computed again by itself.
     frozen: least share of a trained layer's activations that the same layer stores when gradients only pass through.
     """
 
     pretrained: bool = False
     below: bool = False
     frozen: float = 0.6
+    connected: bool = False
 
 
 LORA = AdapterTraits()
@@ -31,7 +33,8 @@ LORA = AdapterTraits()
 def adapter_traits(adapter: AdapterConfig) -> AdapterTraits:
     """What the declaration of `adapter.type` and its settings say."""
     kind = adapter_kinds()[adapter.type]
-    return AdapterTraits(kind.pretrained, kind.below or adapter.embeddings, kind.frozen)
+    connected = adapter.type == "bottleneck" and adapter.placement == "connected"
+    return AdapterTraits(kind.pretrained, kind.below or adapter.embeddings, kind.frozen, connected)
 
 
 def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Module, LayerTable]:

@@ -3,18 +3,23 @@
 The label's own words y go through the frozen model once, h = M(y) in R^{l x d}. What is made of h conditions the model
 while it reads the text x; the classification head's output for that label is the candidate's logit. So a text takes
 one forward pass per label, in training and in prediction, and the logits of all labels compete in one softmax.
+With `adapter.label_head: entailment` the head has two rows for whatever label, as for pairs of texts, and a candidate's
+logit is their difference: the log-odds that the text entails the label. That the candidates compete, rather than each
+pair being judged by itself, and the shapes of G, F and Z are irtune's own choices.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from irtune.adapters.trainable import layer_list
+from irtune.adapters.trainable import head_modules, layer_list
 from irtune.distributed.partitioned import runnable
 from irtune.errors import ModelError
 from irtune.models import Classifier
+from irtune.models.anatomy import is_linear
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,31 @@ def per_label(batch: dict[str, torch.Tensor], labels: int) -> dict[str, torch.Te
     return {name: tensor.repeat_interleave(labels, dim=0) for name, tensor in batch.items()}
 
 
-def candidate_logits(logits: torch.Tensor) -> SequenceClassifierOutput:
-    """From the head's output [batch * labels, labels] to each candidate's own logit, [batch, labels]."""
-    labels = logits.shape[1]
-    own = logits.view(-1, labels, labels).diagonal(dim1=1, dim2=2)
+def judge_pairs(classifier: Classifier) -> None:
+    """Give the head two rows, entails and does not, in place of one for each label.
+
+    Raises:
+        ModelError: when the head has no linear module with a row for each label.
+    """
+    model: Any = classifier.model
+    labels = len(model.config.id2label)
+    parts: list[Any] = [part for head in head_modules(classifier) for part in head.modules()]
+    last = next((part for part in reversed(parts) if is_linear(part) and len(part.weight) == labels), None)
+    if last is None:
+        raise ModelError(
+            f"adapter.label_head entailment: the head of {type(model).__name__} has no linear module with a row for "
+            "each label; set adapter.label_head to diagonal"
+        )
+    for name, parameter in list(last.named_parameters(recurse=False)):
+        setattr(last, name, nn.Parameter(parameter.detach()[:2].clone()))
+    last.out_features = 2
+
+
+def candidate_logits(logits: torch.Tensor, labels: int, head: str) -> SequenceClassifierOutput:
+    """From the head's output for each pair, [batch * labels, rows], to each candidate's own logit, [batch, labels].
+
+    diagonal: row c of the head judges candidate c. entailment: all are judged by the log-odds of the first of two rows.
+    """
+    pairs = logits.view(-1, labels, logits.shape[-1])
+    own = pairs.diagonal(dim1=1, dim2=2) if head == "diagonal" else pairs[..., 0] - pairs[..., 1]
     return SequenceClassifierOutput(logits=own)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """The adapter folder of a run: peft's format where peft has the type, else the same two files with irtune's own types.
 
-adapter_config.json        irtune_version, adapter (its section of the configuration), labels, pooling (model.pooling
-                           and model.head, where the head is irtune's)
+adapter_config.json        irtune_version, adapter (its section of the configuration), run (see RunFacts), labels,
+                           pooling (model.pooling and model.head, where the head is irtune's)
 adapter_model.safetensors  parameters by name; of type none, only layers that were ever trained
 """
 
@@ -17,9 +17,10 @@ from irtune import __version__
 from irtune.adapters.build import add_adapters
 from irtune.config.schema import AdapterConfig
 from irtune.errors import CheckpointError
-from irtune.models import Classifier
+from irtune.models import Classifier, RunFacts
 from irtune.models.pooling import Pooling, pooling_of
 
+UNKNOWN = RunFacts()
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -29,11 +30,12 @@ def write_adapter(
     adapter: AdapterConfig,
     labels: list[str],
     pooling: Pooling | None = None,
+    run: RunFacts = UNKNOWN,
 ) -> None:
     """Write adapters and head of a type, or with a head, that peft does not have."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    record = {"irtune_version": __version__, "adapter": vars(adapter), "labels": labels}
+    record = {"irtune_version": __version__, "adapter": vars(adapter), "run": vars(run), "labels": labels}
     if pooling is not None:
         record["pooling"] = pooling._asdict()
     (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -61,8 +63,9 @@ def load_adapter(classifier: Classifier, folder: Path) -> nn.Module:
             f"{folder} was trained with model.pooling {wanted.kind} and model.head {wanted.head}; load the base with "
             f"ModelConfig(pooling={wanted.kind!r}, head={wanted.head!r})"
         )
+    classifier.run = RunFacts(**record.get("run", {}))
     model, table = add_adapters(classifier, AdapterConfig(**record["adapter"]))
-    parameters = dict(table.all())
+    parameters = dict([*table.all(), *table.decided()])
     wrong = [
         name for name, tensor in tensors.items() if name not in parameters or parameters[name].shape != tensor.shape
     ]

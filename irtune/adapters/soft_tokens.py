@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from irtune.distributed.partitioned import whole
 from irtune.errors import ModelError
 from irtune.models import Classifier
 from irtune.models.pooling import begins_with_cls
@@ -23,6 +24,7 @@ class SoftTokens(nn.Module):
         self.base = classifier.model
         self.start = leading_tokens(classifier.tokenizer)
         self._soft: torch.Tensor | None = None
+        self._shift: torch.Tensor | None = None
         self._length = 0
         self.base.get_input_embeddings().register_forward_hook(self._splice)  # type: ignore[operator]
 
@@ -35,14 +37,21 @@ class SoftTokens(nn.Module):
                 "them; set adapter.type to lora"
             )
         soft, start = self._soft.to(embedded.dtype), self.start
-        return torch.cat([embedded[:, :start], soft, embedded[:, start + soft.shape[1] :]], dim=1)
+        before, after = embedded[:, :start], embedded[:, start + soft.shape[1] :]
+        if self._shift is not None:
+            shift = self._shift.to(embedded.dtype)
+            before, after = before + shift[:start], after + shift[start:]
+        return torch.cat([before, soft, after], dim=1)
 
-    def call(self, soft: torch.Tensor, attends: torch.Tensor, **batch: torch.Tensor) -> Any:
+    def call(
+        self, soft: torch.Tensor, attends: torch.Tensor, shift: torch.Tensor | None = None, **batch: torch.Tensor
+    ) -> Any:
         """The model's output for a batch whose texts begin with `soft`.
 
         Args:
             soft: [rows, P, width], the rows of the batch or 1.
             attends: [rows, P], 1 where a soft token is seen, 0 where it is padding.
+            shift: [length, width], added to the embeddings of every text, token by token.
             batch: input_ids, attention_mask and what else the model takes, [rows, length].
         """
         start, count = self.start, soft.shape[1]
@@ -61,10 +70,18 @@ class SoftTokens(nn.Module):
         if hasattr(batch.get("attention_mask"), "padded"):  # what `attends` holds, the host does not know
             extended["attention_mask"].padded = True  # type: ignore[attr-defined]
         self._soft, self._length = soft.expand(rows, -1, -1), extended["input_ids"].shape[1]
+        self._shift = shift
         try:
             return self.base(**extended)
         finally:
-            self._soft = None
+            self._soft = self._shift = None
+
+
+def embeddings_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The embeddings [count, width] of `tokens` [count], copied. Collective if they are partitioned."""
+    vocabulary = model.get_input_embeddings()  # type: ignore[operator]
+    with whole(vocabulary.parameters()):
+        return vocabulary(tokens.to(vocabulary.weight.device)).detach().clone()
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+from irtune.adapters.schedule import Deciding
 from irtune.distributed.partitioned import whole_shape
 from irtune.errors import ModelError
 from irtune.models.anatomy import Anatomy
@@ -20,11 +22,17 @@ class LayerTable:
     layers: for each of the L layers, its adapter parameters with their names in the model.
     head: parameters that always train.
     modules: the L layer modules themselves.
+    decisions: tensors that hold what an adapter type decided: full name, module, and the tensor's name there.
     """
 
     layers: list[Named]
     head: Named
     modules: list[nn.Module]
+    decisions: list[tuple[str, nn.Module, str]] = field(default_factory=list)
+
+    def decided(self) -> list[tuple[str, torch.Tensor]]:
+        """The tensors of `decisions` by full name, as they are now."""
+        return [(name, getattr(module, own)) for name, module, own in self.decisions]
 
     def groups(self, layers: Iterable[int] | None = None) -> list[Named]:
         """Parameters of each of `layers` (None: of all that have any), and of the head."""
@@ -73,4 +81,10 @@ def build_table(model: nn.Module, anatomy: Anatomy, *, every_layer: bool = True)
         raise ModelError(f"no adapter in layers {empty}: adapter.target_modules does not reach them")
     suffix = f".{anatomy.layers}"
     lists = [module for name, module in model.named_modules() if f".{name}".endswith(suffix)]
-    return LayerTable(layers, head, list(lists[0].children()))
+    decisions: list[tuple[str, nn.Module, str]] = [
+        (f"{name}.{own}", module, own)
+        for name, module in model.named_modules()
+        if isinstance(module, Deciding)
+        for own in module.decisions
+    ]
+    return LayerTable(layers, head, list(lists[0].children()), decisions)

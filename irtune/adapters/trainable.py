@@ -1,6 +1,7 @@
 """What every kind of adapter does at its end: make its parameters and the head, and nothing else, trainable."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,19 +40,15 @@ def layer_list(classifier: Classifier) -> list[nn.Module]:
     return list(classifier.model.get_submodule(classifier.anatomy.layers).children())
 
 
-def layer_biases(layer: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[nn.Parameter]:
-    """The biases of those modules of `layer` whose name is `wanted`.
+def layer_biases(layer: nn.Module) -> list[nn.Parameter]:
+    """The biases of the modules of `layer`.
 
-    A model without any (Llama and its relatives have none) gets one of zeros in every wanted linear module, which
-    changes nothing until it is trained.
+    A model without any (Llama and its relatives have none) gets one of zeros in every linear module, which changes
+    nothing until it is trained.
     """
     if not any(name.rpartition(".")[2] == "bias" for name, _ in layer.named_parameters()):
-        for name, module in layer.named_modules():
-            if is_linear(module) and wanted(name):
-                weight = module.weight
-                module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=weight.dtype, device=weight.device))
-    return [
-        parameter
-        for name, parameter in layer.named_parameters()
-        if name.rpartition(".")[2] == "bias" and wanted(name.rpartition(".")[0])
-    ]
+        linears: list[Any] = [module for module in layer.modules() if is_linear(module)]
+        for module in linears:
+            weight = module.weight
+            module.bias = nn.Parameter(torch.zeros(module.out_features, dtype=weight.dtype, device=weight.device))
+    return [parameter for name, parameter in layer.named_parameters() if name.rpartition(".")[2] == "bias"]

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from irtune.commands.common import a_path, add_folder, parser, show, trusted
 from irtune.commands.model_card import model_card
 from irtune.config import Config, write_config
+from irtune.config.declarations import adapter_kinds, implementation
 from irtune.config.schema import RunConfig
 from irtune.data import Encoder, Example, collate
 from irtune.errors import ConfigError, RunError
@@ -113,8 +114,12 @@ def _merged(source: Path, target: Path, trust: list[str]) -> None:
     run = load_run(source, torch.device("cpu"), dtype="float32", trusted=trust)
     wanted = _probabilities(run, run.model)
     merged: Any = run.model
+    fold = implementation(adapter_kinds()[config.adapter.type]).merge
     if hasattr(merged, "merge_and_unload"):
         merged = merged.merge_and_unload()
+    elif fold is not None:
+        with torch.no_grad():
+            fold(run.classifier)
     elif merged is not run.classifier.model:
         raise RunError(f"adapter.type {config.adapter.type} cannot be merged: it does not change the base's weights")
     merged.config.torch_dtype = merged.config.dtype = torch.float32

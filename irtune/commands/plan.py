@@ -42,12 +42,13 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(problems)
     config = with_accumulation(config, gpus)
     zero = read_engine_json(config, gpus)[0]["zero_optimization"]
-    parts, plain = count(config), adapter_kinds()[config.adapter.type].needs_plain_base
+    kind = adapter_kinds()[config.adapter.type]
+    parts, plain = count(config), kind.needs_plain_base
     rows = [
         estimate(parts, config, stage=s, quantization=q, world=gpus, memory=given.gpu_memory, zero=zero)
         for q in ("none", "nf4", "int8")
         for s in (range(4) if stage is None else [stage])
-        if not (s == 3 and q == "int8") and not (q != "none" and plain)
+        if not (s == 3 and (q == "int8" or kind.whole_weights)) and not (q != "none" and plain)
     ]
     if given.json:
         show_json([dataclasses.asdict(row) for row in rows])

@@ -25,7 +25,7 @@ from irtune.evaluation.saved_run import check_will_load
 from irtune.evaluation.start import start_from
 from irtune.memory import describe, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
-from irtune.models import load_classifier
+from irtune.models import RunFacts, load_classifier
 from irtune.models.classifier import load_tokenizer
 from irtune.models.head_words import start_from_words
 from irtune.models.limits import check_tokens
@@ -155,6 +155,7 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     classifier = load_classifier(config.model, corpus.labels, problem_type=corpus.task.problem_type)
     if config.model.head_init is not None:
         start_from_words(classifier, config.model, corpus.labels)
+    classifier.run = RunFacts.of(config)
     check_length(config, classifier)
     check_tokens(classifier, encoded.values())
     guard = watch(classifier, encoded["train"], patient=True)

@@ -71,6 +71,10 @@ class AdapterKind(Declaration):
     attention: the one model.attn_implementation that it works with; "": any.
     reads_labels: whether it reads the labels' texts, so that its shapes depend on their tokens.
     shapes_of: the type with the same parameters and no need of weights, which is counted in its place.
+    schedule: `schedule(table, config, max_steps)` is its `irtune.adapters.schedule.Schedule`, where it decides
+        something while it trains.
+    trains_all: whether all layers train for a while, whatever chooses them.
+    merge: `merge(classifier)` makes a trained adapter, in fp32, a part of the base's weights.
     extra_tokens: `extra_tokens(classifier, adapter)` is the number of embeddings that it puts before every text.
     """
 
@@ -91,6 +95,9 @@ class AdapterKind(Declaration):
     attention: str = ""
     reads_labels: bool = False
     shapes_of: str = ""
+    schedule: Callable[..., Any] | None = field(default=None, compare=False, metadata=FUNCTION)
+    trains_all: bool = False
+    merge: Callable[..., None] | None = field(default=None, compare=False, metadata=FUNCTION)
     extra_tokens: Callable[..., int] | None = field(default=None, compare=False, metadata=FUNCTION)
 
     @property

@@ -99,6 +99,9 @@ class OneOf(Limit):
         return f"{key} is {value!r}; {hint}accepted: {self.words}"
 
 
+MAX_WIDTH = 2**16  # rank or width of an adapter; wider ones are typing errors that would fill the memory
+
+
 def _is_fold(text: str) -> bool:
     k, slash, n = text.partition("/")
     numbers = slash and k.isdecimal() and n.isdecimal() and len(k + n) < 20
@@ -109,4 +112,8 @@ MODEL = Form("a folder, a hub id or a preset", str.strip)
 FOLD = Form("K/N with 1 <= K <= N and N at least 2, such as 2/5", _is_fold)
 STRATA = Form("[a, b] with 0 <= a <= b <= layers", lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1])
 SEPARATOR = Form("a text that is not empty", bool)
+HEADS = Form(
+    "a whole number of at least 1, or a share above 0 and below 1",
+    lambda heads: heads >= 1 if isinstance(heads, int) else 0 < heads < 1,
+)
 BETAS = Form("two numbers from 0 to below 1", lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas))

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from irtune.config.declarations import adapter_kinds, methods
-from irtune.config.limits import BETAS, FOLD, MODEL, SEPARATOR, STRATA, Limit, OneOf, Range
-
-MAX_WIDTH = 2**16  # rank or width of an adapter; wider ones are typing errors that would fill the memory
+from irtune.config.limits import BETAS, FOLD, HEADS, MAX_WIDTH, MODEL, SEPARATOR, STRATA, Limit, OneOf, Range
 
 
 @dataclass(kw_only=True)
@@ -65,9 +63,9 @@ class AdapterConfig:
     type: Annotated[str, OneOf(adapter_kinds)] = "lora"
     """Kind of adapter."""
     r: Annotated[int, Range(1, MAX_WIDTH)] = 8
-    """Rank of the update; reflections of hra; inner width of ltuning-prefix."""
+    """Rank of the update, of triadapt the mean they grow to; reflections of hra; inner width of ltuning-prefix."""
     alpha: Annotated[float, Range(0.0, above=True)] = 16.0
-    """Scale of the update: alpha / r for lora; first bound of delora."""
+    """Scale of the update: alpha / r for lora, alpha / sqrt(r) for rslora, dept and ept; first bound of delora."""
     dropout: Annotated[float, Range(0.0, 1.0, below=True)] = 0.0
     """Dropout on the adapter's input during training."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
@@ -76,25 +74,38 @@ class AdapterConfig:
     """Names of weights that get an update of lora or rslora although no linear module holds them, such as those of
     experts: [experts.gate_up_proj, experts.down_proj]. Not under ZeRO 3, and without dropout."""
     size: Annotated[int, Range(1, MAX_WIDTH)] = 256
-    """Inner width of bottleneck and of the network of ltuning-prompt; block of oft and road, largest block of c3a;
-    coefficients per module of fourierft and waveft."""
+    """Width of bottleneck, mam, ltuning-prompt and ept; block of oft, road, c3a; coefficients of fourierft, waveft."""
     activation: Literal["tanh", "relu"] = "tanh"
-    """Activation of bottleneck."""
-    placement: Literal["serial", "parallel"] = "serial"
-    """bottleneck on the output of attention and feed-forward block, or beside the feed-forward block."""
+    """Activation of bottleneck, mam and ept."""
+    placement: Literal["serial", "parallel", "connected"] = "serial"
+    """bottleneck behind attention and feed-forward block, beside the latter, or behind it, joined with that below."""
     scale: Annotated[float, Range(0.0, above=True)] = 1.0
-    """Factor of what bottleneck, fourierft or waveft adds."""
+    """Factor of what bottleneck, mam, fourierft or waveft adds."""
     num_tokens: Annotated[int, Range(1, MAX_WIDTH)] = 16
-    """Keys and values per attention of prefix and ltuning-prefix; embeddings of prompt."""
+    """Keys and values per attention of prefix, mam and ltuning-prefix; embeddings of prompt, dept, ept."""
     prompt_init: Literal["random", "labels"] = "random"
     """First embeddings of prompt: those of random tokens, or of the tokens of the labels' names (a random choice where
     there are more than num_tokens), then of the tokens 1000, 1001 and so on."""
     prompt_lr: Annotated[float, Range(0.0, above=True)] = 1.0
-    """Learning rate of prompt's embeddings, as a multiple of the head's."""
+    """Learning rate of the embeddings of prompt, dept and ept, as a multiple of the head's."""
     strata: Annotated[list[int] | None, STRATA] = None
     """a and b of spafit: layers [0, a) frozen, [a, b) biases, the others LoRA and biases. null: the paper's shares."""
+    heads: Annotated[int | float, HEADS] = 0.03
+    """Attention heads that lofit keeps: a number, or a share of those of all layers."""
+    locate_steps: Annotated[int | None, Range(1)] = None
+    """Optimizer steps of lofit before it chooses heads, in which all layers train. null: half of them all."""
+    density: Annotated[float, Range(0.0, 1.0, above=True)] = 0.01
+    """Values of sparse, as a share of all parameters of the model."""
+    regrow: Literal["gradients", "sm3"] = "gradients"
+    """Where values of sparse grow: at the largest gradients of 5 steps in 20, or by SM3's accumulators."""
+    growth: Literal["linear", "exp"] = "linear"
+    """How many ranks of triadapt grow at a time: in proportion to the steps that are done, or few at first."""
+    orthogonal: bool = False
+    """Add a penalty to the loss for factors of triadapt that are not orthogonal."""
+    label_head: Literal["diagonal", "entailment"] = "diagonal"
+    """Head of the ltuning types: a row for each label, or two that judge any pair of text and label."""
     embeddings: bool = False
-    """With type none, train the input embeddings too. They are often larger than all layers that train at a time."""
+    """With types none and hft, train the input embeddings too, often larger than all layers that train at a time."""
     dtype: Literal["float32", "model"] = "float32"
     """Format of adapters and head: float32 needs no master copy under ZeRO 0 and 3; model follows model.dtype and keeps
     an fp32 master copy where that is lower precision."""

@@ -67,7 +67,7 @@ def join_shares(share: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+def whole(parameters: Iterable[torch.Tensor], *, write: bool = False) -> Iterator[None]:
     """Inside, `parameters` are whole; with `write`, what rank 0 makes of them stays. Collective if any is partitioned.
 
     Under an engine or before it.
@@ -80,7 +80,7 @@ def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterato
 
 
 @torch.no_grad()
-def write_whole(parameter: nn.Parameter, values: torch.Tensor) -> None:
+def write_whole(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Give `parameter` the `values`, of its whole shape. Collective where it is partitioned."""
     with whole([parameter], write=True):
         parameter.data.copy_(values)

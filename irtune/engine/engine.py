@@ -22,6 +22,7 @@ from torch import nn
 
 from irtune.adapters import LORA, AdapterTraits, LayerTable, write_adapter
 from irtune.adapters.idle import IdleAdapters
+from irtune.adapters.schedule import Change
 from irtune.config import AdapterConfig, OptimConfig
 from irtune.config.declarations import adapter_kinds
 from irtune.distributed import runtime
@@ -33,6 +34,7 @@ from irtune.engine.losses import Loss, cross_entropy, disagreement
 from irtune.engine.recompute import Recompute
 from irtune.engine.shards import Layout
 from irtune.engine.update import DeviceAdamW, update_on_device
+from irtune.models import RunFacts
 from irtune.models.pooling import pooling_of
 
 log = logging.getLogger(__name__)
@@ -166,6 +168,8 @@ class Engine:
         finally:
             for _, parameter in self.table.head:
                 parameter.requires_grad_(True)
+            if self.stage == 3:  # no step follows, after which DeepSpeed would let go of what it gathered
+                self.ds.optimizer._partition_all_parameters()
 
     @contextlib.contextmanager
     def reaching_all_layers(self) -> Iterator[None]:
@@ -289,6 +293,11 @@ class Engine:
         """Bytes of parked state in this rank's host memory."""
         return self.state.parked.nbytes()
 
+    @torch.no_grad()
+    def edit(self, layer: int, change: Change) -> None:
+        """Let `change` rewrite whole tensors and moments of `layer`, which trains; on all ranks alike. Collective."""
+        self.state.edit(layer, change)
+
     # ----- whole tensors, for checkpoints -----
 
     def full_state(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -307,12 +316,12 @@ class Engine:
 
     @torch.no_grad()
     def trainable(self, layers: Iterable[int] | None = None) -> dict[str, torch.Tensor]:
-        """Whole parameters of `layers` (None: of all) and the head by name, copied to the CPU. Collective."""
+        """Whole parameters of `layers` (None: of all) and the head, and decisions, by name, on the CPU. Collective."""
         tensors: dict[str, torch.Tensor] = {}
         for named in self.table.groups(layers):  # one by one: the layers' own weights need not fit all at once
             with self._whole([parameter for _, parameter in named]):
                 tensors |= {name: parameter.detach().cpu().clone() for name, parameter in named}
-        return tensors
+        return tensors | {name: tensor.detach().cpu().clone() for name, tensor in self.table.decided()}
 
     @torch.no_grad()
     def load_trainable(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -326,8 +335,12 @@ class Engine:
             with self._whole([parameter for _, parameter in present], write=True):
                 for name, parameter in present:
                     parameter.data.copy_(tensors[name])
+        for name, tensor in self.table.decided():
+            tensor.copy_(tensors[name])
 
-    def save_adapter(self, folder: Path, adapter: AdapterConfig, labels: list[str], layers: list[int] | None) -> None:
+    def save_adapter(
+        self, folder: Path, adapter: AdapterConfig, labels: list[str], layers: list[int] | None, run: RunFacts
+    ) -> None:
         """Write adapters and head to `folder`. Collective; rank 0 writes.
 
         In peft's format where peft has the type and the head is the model's own.
@@ -337,12 +350,13 @@ class Engine:
             adapter: recorded in irtune's own format.
             labels: names of the classes, recorded in irtune's own format.
             layers: layers to write in irtune's own format; None: all.
+            run: recorded in irtune's own format.
         """
         pooling = pooling_of(self.module)
         if pooling is not None or not adapter_kinds()[adapter.type].peft_format:
             tensors = self.trainable(layers)
             if runtime.rank() == 0:
-                write_adapter(folder, tensors, adapter, labels, pooling)
+                write_adapter(folder, tensors, adapter, labels, pooling, run)
             return
         assert isinstance(self.module, PeftModel), f"{adapter.type} is not a model of peft, as it declares"
         with self._whole([parameter for _, parameter in self.table.all()]):

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from irtune.adapters import LayerTable
+from irtune.adapters.schedule import Change
+from irtune.distributed.partitioned import write_whole
 from irtune.engine.shards import MOMENTS, Layout, Parking, StepState, recut
 from irtune.engine.update import DeviceAdamW
 
@@ -97,6 +99,29 @@ class EngineState:
                 if self.keeps_master or self.layout.stage in (1, 2):
                     total += tensor.numel() * tensor.element_size()
         return total
+
+    def edit(self, key: Key, change: Change) -> None:
+        """Let `change` rewrite the fp32 tensors of a group, whole ones; parameters follow. Collective."""
+        held, named = dict(self.groups())[key], self._named(key)
+        parameters = [parameter for _, parameter in named]
+        states = [self.adamw.state[tensor] for tensor in held]
+        places = {"": [tensor.data for tensor in held]}
+        places |= {f"/{moment}": [state[moment] for state in states] for moment in MOMENTS}
+        whole = {
+            f"{name}{kind}": tensor.clone()
+            for kind, parts in places.items()
+            for (name, _), tensor in zip(named, self.layout.join(parts, parameters))
+        }
+        step = change(whole, float(states[0]["step"]))
+        for kind, parts in places.items():
+            pieces = self.layout.split([whole[f"{name}{kind}"] for name, _ in named], parameters)
+            flat = torch.cat([piece.flatten() for piece in pieces])
+            for part, piece in zip(parts, flat.split([part.numel() for part in parts])):
+                part.copy_(piece.view_as(part))
+        for state in states:
+            state["step"].fill_(step)
+        for name, parameter in named:
+            write_whole(parameter, whole[name])
 
     # ----- whole tensors, for checkpoints -----
 

@@ -31,11 +31,12 @@ class Recompute:
             reentrant: the kind of recomputation: ZeRO 3 needs the reentrant one, since the other kind meets parameters
                 that are in pieces again.
             always: recompute trained layers in every step, not only what scoring adds.
-            traits: whether gradients go below the lowest trained layer, and how much frozen layers above it store.
+            traits: whether gradients go below the lowest trained layer, how much frozen layers above it store, and
+                whether a layer reads more than its input.
         """
         self.always, self.reentrant, self.traits = always, reentrant, traits
         # Layers of models that bring their own code may not know how; then scoring needs the memory of all layers.
-        self.possible = all(hasattr(module, "gradient_checkpointing") for module in modules)
+        self.possible = not traits.connected and all(hasattr(module, "gradient_checkpointing") for module in modules)
         self.modules = list(modules) if self.possible else []
         for module in self.modules:
             module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)  # type: ignore

@@ -24,7 +24,7 @@ SCALES = {"r": "r", "lora_alpha": "alpha", "use_rslora": "type", "use_dora": "ty
           "alpha": "alpha", "randlora_alpha": "alpha", "scaling": "scale"}  # fmt: skip
 
 # Keys of adapter that change what the same values compute, in irtune's own format.
-FACTORS = ("alpha", "scale", "activation", "placement", "prompt_lr")
+FACTORS = ("alpha", "scale", "activation", "placement", "prompt_lr", "label_head")
 
 
 def start_from(place: str, model: nn.Module, table: LayerTable, adapter: AdapterConfig, labels: Sequence[str]) -> None:
@@ -69,6 +69,9 @@ def start_from(place: str, model: nn.Module, table: LayerTable, adapter: Adapter
                 f"and the section adapter as they were for {folder}"
             )
         write_whole(parameter, saved)
+    for name, tensor in table.decided():
+        if name in tensors and tensors[name].shape == tensor.shape:
+            tensor.copy_(tensors[name])
     pooling = pooling_of(model)
     if record.get("pooling") != (pooling and pooling._asdict()):  # what the head there read, this one does not
         tensors = {name: tensor for name, tensor in tensors.items() if HEAD_NAME not in name}
@@ -125,9 +128,10 @@ def _copy_head(
     rows = len(before) if before else len(labels)
     order = [before.index(label) for label in labels] if before and sorted(before) == sorted(labels) else None
     anew = False
+    pairs = record.get("adapter", {}).get("label_head") == "entailment"  # whose two rows stand for no label
     for name, parameter in head.items():
         saved = tensors.get(name)
-        by_label = saved is not None and saved.dim() > 0 and saved.shape[0] == rows
+        by_label = saved is not None and saved.dim() > 0 and saved.shape[0] == rows and not pairs
         if by_label and order is not None:
             saved = saved[order]  # type: ignore[index]
         if saved is None or saved.shape != whole_shape(parameter) or (by_label and order is None):

@@ -17,7 +17,7 @@ from irtune.engine.recompute import Recompute
 from irtune.errors import ConfigError, IrtuneError, ModelError, one_line
 from irtune.memory.meta_attention import stand_in, traceable, without_values
 from irtune.memory.meta_step import Step, evaluation_bytes, training_step
-from irtune.models import DTYPES, Classifier
+from irtune.models import DTYPES, Classifier, RunFacts
 from irtune.models.anatomy import is_linear
 from irtune.models.classifier import load_tokenizer
 from irtune.models.skeleton import empty_classifier
@@ -118,7 +118,7 @@ def _count(config: Config, selected: Sequence[int] | None, device: str, labels: 
     if kind.shapes_of:  # its first values come from weights that are not here
         adapter = dataclasses.replace(adapter, type=kind.shapes_of)
     with torch.device("meta"), traceable(model):
-        network, table = add_adapters(Classifier(model, tokenizer, anatomy), adapter)
+        network, table = add_adapters(Classifier(model, tokenizer, anatomy, RunFacts.of(config)), adapter)
     trained = {id(parameter) for _, parameter in table.all()}
     constant = [parameter for parameter in network.parameters() if id(parameter) not in trained]
     added = sum(buffer.nbytes for buffer in network.buffers() if id(buffer) not in buffers)  # vera's random matrices
@@ -156,6 +156,8 @@ def worst_selection(config: Config, layers: Sequence[int], num_layers: int) -> l
         ConfigError: for a budget or layers that the model has not.
     """
     tuning, count = config.tuning, len(layers)
+    if adapter_kinds()[config.adapter.type].trains_all:
+        return list(layers)
     if methods()[tuning.method].names_layers or not layers:
         sizes = [int(number in layers) for number in range(num_layers)]
         return build_chooser(tuning, num_layers, 0, sizes).first() or []

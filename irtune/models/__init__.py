@@ -1,5 +1,5 @@
 """Pretrained sequence classifiers and where their parts are."""
 
-from irtune.models.classifier import DTYPES, Classifier, load_classifier
+from irtune.models.classifier import DTYPES, Classifier, RunFacts, load_classifier
 
-__all__ = ["DTYPES", "Classifier", "load_classifier"]
+__all__ = ["DTYPES", "Classifier", "RunFacts", "load_classifier"]

@@ -70,6 +70,15 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def attention_linears(layer: nn.Module) -> list[nn.Module]:
+    """The linear modules of a layer's attention, in order: the output projection is the last."""
+    return [
+        module
+        for name, module in layer.named_modules()
+        if is_linear(module) and any(word in name.lower() for word in ATTENTION_NAMES)
+    ]
+
+
 def linear_names(model: nn.Module, anatomy: Anatomy) -> list[str]:
     """Names of the linear modules inside one layer, for example `self_attn.q_proj`, in order."""
     names: dict[str, None] = {}
@@ -122,11 +131,7 @@ def output_projections(model: nn.Module, anatomy: Anatomy) -> Sequence[torch.Ten
     """
     modules = []
     for number, layer in enumerate(model.get_submodule(anatomy.layers).children()):
-        inside = [
-            module
-            for name, module in layer.named_modules()
-            if is_linear(module) and any(word in name.lower() for word in ATTENTION_NAMES)
-        ]
+        inside = attention_linears(layer)
         if not inside:
             raise ModelError(f"layer {number} has no attention output projection; use another tuning.score than weight")
         modules.append(inside[-1])

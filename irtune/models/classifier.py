@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from irtune.config.schema import ModelConfig
+from irtune.config.schema import Config, ModelConfig
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import make_whole, sharded_loading
 from irtune.errors import ModelError, one_line
@@ -34,6 +34,22 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What an adapter type may ask about the run that it trains in; adapter_config.json keeps it for loading.
+
+    seed: run.seed, from which a type draws. max_length: data.max_length, the longest text in tokens.
+    """
+
+    seed: int = 0
+    max_length: int = 256
+
+    @classmethod
+    def of(cls, config: Config) -> "RunFacts":
+        """Those of the run that `config` describes."""
+        return cls(config.run.seed, config.data.max_length)
+
+
 @dataclass
 class Classifier:
     """A pretrained model with its tokenizer and anatomy."""
@@ -41,6 +57,7 @@ class Classifier:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
+    run: RunFacts = RunFacts()
 
 
 def load_classifier(

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +199,12 @@ def mean_weights(folders: list[Path], first: dict[str, torch.Tensor]) -> dict[st
 
 
 def load_into(
-    parameters: list[tuple[str, torch.nn.Parameter]],
+    parameters: Sequence[tuple[str, torch.Tensor]],
     tensors: dict[str, torch.Tensor],
     folder: Path,
     optional: Collection[str] = (),
 ) -> None:
-    """Copy saved adapters and head into a model that is under no engine yet; `optional` ones may be missing.
+    """Copy saved adapters, decisions and head into a model that is under no engine yet; `optional` ones may be missing.
 
     Collective where parameters are partitioned.
 

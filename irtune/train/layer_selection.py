@@ -3,12 +3,13 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from irtune.adapters import Suppression
+from irtune.adapters.schedule import Schedule
 from irtune.config import TuningConfig
 from irtune.distributed import runtime
 from irtune.engine import Engine
@@ -26,11 +27,14 @@ class SelectionMethod:
     """What chooses layers, and what it looks at.
 
     suppression: turns layers down for choosers that try that out; None for others.
+    schedule: what the adapter type decides meanwhile. among: builds a chooser of some layers, for when it narrows them.
     """
 
     chooser: Chooser
     scores: LayerScores
     suppression: Suppression | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    among: Callable[[Collection[int]], Chooser] | None = None
 
 
 class LayerSelection:
@@ -49,20 +53,56 @@ class LayerSelection:
         """`max_steps`: of the run; nothing is chosen after the last."""
         self.tuning, self.engine = tuning, engine
         self.chooser, self.scores, self.suppression = method.chooser, method.scores, method.suppression
+        self.schedule, self.among = method.schedule, method.among
+        self._narrow()
         self.progress, self.tracker, self.max_steps = progress, tracker, max_steps
 
     def is_due(self, step: int) -> bool:
         """Whether layers are chosen after optimizer step `step`; not after the last, when nothing would train them."""
-        return self.chooser.is_due(step) and step < self.max_steps
+        return not self.schedule.trains_all and self.chooser.is_due(step) and step < self.max_steps
 
-    def scoring(self, batch: Batch, step: int, weight: float = 1.0) -> contextlib.AbstractContextManager:
+    def _narrow(self) -> None:
+        """Choose among those layers only that the schedule has left."""
+        layers = None if self.schedule.trains_all else self.schedule.layers()
+        if layers is not None:
+            assert self.among is not None, "the schedule leaves some layers only, and nothing builds their chooser"
+            self.chooser = self.among(layers)
+
+    def decide(self, batches: list[Batch]) -> bool:
+        """Let the schedule decide after a step, of which this rank has the micro-batches; chooses layers where that
+        ends the time in which all of them train. Collective.
+
+        Returns:
+            Whether layers were chosen.
+
+        Raises:
+            DistributedError: when ranks decided differently.
+        """
+        step, trained_all = self.progress.step, self.schedule.trains_all
+        if not self.schedule.is_due(step) or step >= self.max_steps:
+            return False
+        runtime.doing(f"decisions of the adapters after step {step}")
+        self.schedule.decide(step, self.engine)
+        verify_decisions(self.engine.table.decided(), step, self.engine.device)
+        if not trained_all or self.schedule.trains_all:
+            return False
+        self._narrow()
+        self._choose_first(batches)
+        return True
+
+    @contextlib.contextmanager
+    def scoring(self, batch: Batch, step: int, weight: float = 1.0) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch of `step`: gathers scores where the step needs them.
 
-        Scores are of gradients of the micro-batch's mean loss, whatever its `weight` in the step's.
+        Scores are of gradients of the micro-batch's mean loss, whatever its `weight` in the step's. The schedule of the
+        adapter type watches too.
         """
-        if not (self.chooser.needs_scores and self.is_due(step)):
-            return contextlib.nullcontext()
-        return self._scored(batch, self.engine.gradient_factor / weight, all_layers=self.tuning.scores == "fresh")
+        scored: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.chooser.needs_scores and self.is_due(step):
+            factor = self.engine.gradient_factor / weight
+            scored = self._scored(batch, factor, all_layers=self.tuning.scores == "fresh")
+        with scored, self.schedule.watching(step, self.engine):
+            yield
 
     @contextlib.contextmanager
     def _scored(self, batch: Batch, factor: float, *, all_layers: bool):
@@ -75,7 +115,14 @@ class LayerSelection:
 
     def first(self, batches: Iterable[Batch]) -> None:
         """Choose before any update, from the first step's micro-batches: no step trains all layers. Collective."""
-        self.progress.trained_steps = [0] * self.engine.table.num_layers
+        layers = self.engine.table.num_layers
+        self.progress.trained_steps = [0] * layers
+        if self.schedule.trains_all:
+            self._train_layers(list(range(layers)), None, time.perf_counter())
+        else:
+            self._choose_first(batches)
+
+    def _choose_first(self, batches: Iterable[Batch]) -> None:
         chosen = self.chooser.first()
         if chosen is not None:
             self._train_layers(chosen, None, time.perf_counter())
@@ -164,3 +211,17 @@ def verify_selection(selected: list[int], num_layers: int, device: torch.device)
     if any(other != all_masks[0] for other in all_masks):
         chosen = "; ".join(f"rank {rank}: {layers}" for rank, layers in enumerate(all_masks))
         raise DistributedError(f"ranks chose different layers: {chosen}")
+
+
+def verify_decisions(decided: Sequence[tuple[str, torch.Tensor]], step: int, device: torch.device) -> None:
+    """Compare what an adapter type decided across ranks.
+
+    Raises:
+        DistributedError: naming the first tensor that differs.
+    """
+    values = (tensor.detach().cpu().flatten().view(torch.uint8) for _, tensor in decided)
+    digests = [runtime.derived_seed(bytes(value.numpy()).hex()) for value in values]
+    every = runtime.all_gather(torch.tensor(digests, device=device))
+    differing = torch.stack(every).ne(every[0]).any(0).nonzero().flatten().tolist()
+    if differing:
+        raise DistributedError(f"step {step}: ranks decided differently about {decided[differing[0]][0]}")

@@ -70,7 +70,7 @@ def resume_from(folder: Path, identity: dict[str, Any], table: LayerTable, *, pr
         progress.update(stopped=False, worse_in_a_row=0)
     note_versions(state.get("versions"), folder)
     untrained = {name for layer in table.layers for name, _ in layer} if pretrained else set()
-    load_into(table.all(), read_tensors(folder, TRAINABLE), folder, untrained)
+    load_into([*table.all(), *table.decided()], read_tensors(folder, TRAINABLE), folder, untrained)
     return ResumePoint(folder, state)
 
 

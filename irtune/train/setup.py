@@ -1,7 +1,8 @@
 """Read every input and make every check of a run before the first byte is written."""
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from torch import nn
 
 from irtune.adapters import AdapterTraits, LayerTable, Suppression, adapter_traits, add_adapters
 from irtune.adapters.guard import check_length, watch
+from irtune.adapters.schedule import Schedule
 from irtune.config import Config, write_config
 from irtune.config.batch_size import with_accumulation
 from irtune.config.checks import pools_edits
-from irtune.config.declarations import methods
+from irtune.config.declarations import adapter_kinds, implementation, methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.data import (
     Augmenter,
@@ -40,11 +42,12 @@ from irtune.evaluation.saved_run import check_will_load
 from irtune.evaluation.start import start_from
 from irtune.memory import MemoryEstimate, estimate_memory, shortage
 from irtune.memory.measure import device_memory_bytes
-from irtune.models import Classifier, load_classifier
+from irtune.models import Classifier, RunFacts, load_classifier
 from irtune.models.anatomy import output_projections
 from irtune.models.head_words import start_from_words
 from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
+from irtune.selection import Chooser
 from irtune.selection.registry import build_chooser
 from irtune.selection.scores import WEIGHT_SCORES, LayerScores
 from irtune.selection.signal_noise import layer_ratios
@@ -127,6 +130,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         )
         if config.model.head_init is not None:
             start_from_words(classifier, config.model, corpus.labels)
+        classifier.run = RunFacts.of(config)
         check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
     nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})
@@ -153,6 +157,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         resumed = None
         if latest is not None:
             resumed = resume_from(latest, checkpoints.identity, table, pretrained=traits.pretrained)
+        schedule = _schedule(config, table, data.max_steps)  # which goes on with what the checkpoint has decided
         finished = resumed is not None and resumed.ends(data.max_steps) and (folder / "results.json").is_file()
         if world.is_main and not finished:
             _open_folder(folder, given)
@@ -163,7 +168,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         settings=settings,
         data=data,
         model=AdaptedModel(module, table, traits),
-        method=SelectionMethod(chooser, scores, suppression),
+        method=SelectionMethod(chooser, scores, suppression, schedule, _among(config, table, ratios)),
         checkpoints=checkpoints,
         memory=memory,
         resumed=resumed,
@@ -245,6 +250,28 @@ def _score_constants(
     model, anatomy = classifier.model, classifier.anatomy
     projections = output_projections(model, anatomy) if config.tuning.score in WEIGHT_SCORES else None
     return projections, layer_ratios(model, anatomy) if methods()[config.tuning.method].needs_ratios else None
+
+
+def _schedule(config: Config, table: LayerTable, max_steps: int) -> Schedule:
+    """What the adapter type decides in a run of `max_steps`."""
+    build = implementation(adapter_kinds()[config.adapter.type]).schedule
+    return Schedule() if build is None else build(table, config, max_steps)
+
+
+def _among(
+    config: Config, table: LayerTable, ratios: dict[str, list[float]] | None
+) -> Callable[[Collection[int]], Chooser]:
+    """Builds the chooser of some layers, of which it trains all where they are fewer than the budget."""
+
+    def among(layers: Collection[int]) -> Chooser:
+        tuning, sizes = config.tuning, [0] * table.num_layers
+        for layer in layers:
+            sizes[layer] = sum(elements(parameter) for _, parameter in table.layers[layer])
+        if isinstance(tuning.budget, int):
+            tuning = dataclasses.replace(tuning, budget=min(tuning.budget, len(layers)))
+        return build_chooser(tuning, table.num_layers, config.run.seed, sizes, ratios)
+
+    return among
 
 
 def _sharded(config: Config, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from irtune.errors import StoppedError, TrainingError
 from irtune.evaluation.metrics import Predictions, metrics
 from irtune.files import writing
 from irtune.memory.measure import peak_memory_bytes
+from irtune.models import RunFacts
 from irtune.tracking.records import write_predictions
 from irtune.tracking.tracker import Tracker
 from irtune.train.checkpoint import OPTIMIZER, Checkpoints, mean_weights, read_tensors, versions
@@ -84,7 +85,7 @@ class Trainer:
         while self.progress.step < self.data.max_steps and not self.progress.stopped:
             batches = self._train_step()
             step = self.progress.step
-            if self.layers.is_due(step):
+            if not self.layers.decide(batches) and self.layers.is_due(step):
                 self._count_applied_steps()
                 runtime.doing(f"selection after step {step}")
                 self.layers.select(batches)
@@ -383,7 +384,11 @@ class Trainer:
             if self.config.run.logit_adjust:
                 self.engine.shift_logits(self._shift)
             self.engine.save_adapter(
-                folder / "adapter", self.config.adapter, list(self.data.corpus.labels), self._saved_layers()
+                folder / "adapter",
+                self.config.adapter,
+                list(self.data.corpus.labels),
+                self._saved_layers(),
+                RunFacts.of(self.config),
             )
         return results | predictions["dev"].task.recorded(self.data.corpus.labels)
 

@@ -147,6 +147,9 @@ TYPES = {
     "bitfit": {},
     "prefix": {"adapter__num_tokens": 3},
     "none": {},
+    "hft": {},
+    "mam": {"adapter__num_tokens": 3, "adapter__size": 8},
+    "bottleneck connected": {"adapter__size": 8, "adapter__placement": "connected"},
     "none with embeddings": {"adapter__embeddings": "true", "tuning__method": "lisa"},
     "ltuning-prefix": {"adapter__num_tokens": 2},
     "spafit": {"tuning__method": "spafit"},
@@ -190,7 +193,14 @@ def test_types_of_adapters_train(watched, name, stage):
 
 @pytest.mark.parametrize(
     ("kind", "stage"),
-    [("prompt", 2), ("ltuning-prompt", 2), ("prompt", 3), pytest.param("ltuning-prompt", 3, marks=pytest.mark.slow)],
+    [
+        ("prompt", 2),
+        ("ltuning-prompt", 2),
+        ("prompt", 3),
+        ("dept", 2),
+        ("ept", 3),
+        pytest.param("ltuning-prompt", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_types_outside_the_layers_train(llama, corpus, tmp_path, kind, stage):
     config = tiny_config(llama, corpus, tmp_path / "run", stage, adapter__type=kind, adapter__num_tokens=3)

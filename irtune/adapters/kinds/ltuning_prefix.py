@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from irtune.adapters.ltuning import candidate_logits, label_states, per_label
+from irtune.adapters.ltuning import candidate_logits, judge_pairs, label_states, per_label
 from irtune.adapters.prefix_attention import AttentionPlace, KeysAndValues, attention_places
 from irtune.adapters.trainable import freeze, train_with_head
 from irtune.config.declarations import AdapterKind
@@ -55,7 +55,7 @@ class LabelPrefixed(nn.Module):
         self.base = classifier.model
         self.register_buffer("states", known.states, persistent=False)
         self.register_buffer("attends", known.attends, persistent=False)
-        width = known.states.shape[2]
+        self.label_head, width = adapter.label_head, known.states.shape[2]
         self.label_pooling = nn.Linear(width, 1, bias=False)  # w of F
         self.prefixes = []
         for place in attention_places(classifier, "ltuning-prefix"):
@@ -69,13 +69,16 @@ class LabelPrefixed(nn.Module):
         pooled = torch.einsum("cl,cld->cd", weights, states)
         for prefix in self.prefixes:
             prefix.labels = pooled
-        return candidate_logits(self.base(**per_label(batch, len(states))).logits)
+        output = self.base(**per_label(batch, len(states)))
+        return candidate_logits(output.logits, len(states), self.label_head)
 
 
 def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     """Give every attention keys and values made of the labels."""
     freeze(classifier.model)
     model = LabelPrefixed(classifier, adapter)
+    if adapter.label_head == "entailment":
+        judge_pairs(classifier)
     added = [*model.label_pooling.parameters(), *(p for prefix in model.prefixes for p in prefix.parameters())]
     train_with_head(classifier, adapter, added)
     return model
@@ -90,5 +93,13 @@ KIND = AdapterKind(
     build=build,
     below=True,  # F, which all layers share
     reads_labels=True,
+    keys=("adapter.label_head",),
+    refuses=(
+        (
+            {"adapter.label_head": "entailment", "run.logit_adjust": ...},
+            "run.logit_adjust is kept in a bias for each label, and adapter.label_head entailment has none; set one of "
+            "the two back",
+        ),
+    ),
     attention="sdpa",
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from irtune.adapters.ltuning import candidate_logits, label_states, longest_label, per_label
+from irtune.adapters.ltuning import candidate_logits, judge_pairs, label_states, longest_label, per_label
 from irtune.adapters.soft_tokens import SoftTokens
 from irtune.adapters.trainable import freeze, train_with_head
 from irtune.config.declarations import AdapterKind
@@ -24,7 +24,7 @@ class LabelPrompted(SoftTokens):
         super().__init__(classifier)
         self.register_buffer("states", known.states, persistent=False)
         self.register_buffer("attends", known.attends, persistent=False)
-        width = known.states.shape[2]
+        self.label_head, width = adapter.label_head, known.states.shape[2]
         # G: from hidden states to embeddings, through `size` dimensions.
         self.label_prompt = nn.Sequential(nn.Linear(width, adapter.size), nn.Tanh(), nn.Linear(adapter.size, width))
 
@@ -33,13 +33,15 @@ class LabelPrompted(SoftTokens):
         labels, rows = self.states.shape[0], batch["input_ids"].shape[0]
         soft = self.label_prompt(self.states.to(next(self.label_prompt.parameters()).dtype))
         output = self.call(soft.repeat(rows, 1, 1), self.attends.repeat(rows, 1), **per_label(batch, labels))
-        return candidate_logits(output.logits)
+        return candidate_logits(output.logits, labels, self.label_head)
 
 
 def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     """Put the labels before the texts."""
     freeze(classifier.model)
     model = LabelPrompted(classifier, adapter)
+    if adapter.label_head == "entailment":
+        judge_pairs(classifier)
     train_with_head(classifier, adapter, model.label_prompt.parameters())
     return model
 
@@ -54,6 +56,14 @@ KIND = AdapterKind(
     every_layer=False,
     below=True,
     reads_labels=True,
+    keys=("adapter.label_head",),
+    refuses=(
+        (
+            {"adapter.label_head": "entailment", "run.logit_adjust": ...},
+            "run.logit_adjust is kept in a bias for each label, and adapter.label_head entailment has none; set one of "
+            "the two back",
+        ),
+    ),
     extra_tokens=lambda classifier, adapter: longest_label(classifier),
     fills={"tuning.method": "full"},
     needs={"tuning.method": ("full", "has its parameters before the first layer, not in layers")},

@@ -32,14 +32,19 @@ class Prefix(KeysAndValues):
         return torch.cat([first_key, key], dim=2), torch.cat([first_value, value], dim=2)
 
 
-def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
-    """Give every attention a prefix."""
-    freeze(classifier.model)
-    added = []
-    for place in attention_places(classifier, "prefix"):
+def add_prefixes(classifier: Classifier, adapter: AdapterConfig) -> list[nn.Parameter]:
+    """Give every attention a prefix; returns their parameters."""
+    added: list[nn.Parameter] = []
+    for place in attention_places(classifier, adapter.type):
         place.module.prefix = Prefix(place, adapter.num_tokens)
-        added += list(place.module.prefix.parameters())
-    train_with_head(classifier, adapter, added)
+        added += place.module.prefix.parameters()
+    return added
+
+
+def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
+    """Prefixes, and nothing else."""
+    freeze(classifier.model)
+    train_with_head(classifier, adapter, add_prefixes(classifier, adapter))
     return classifier.model
 
 

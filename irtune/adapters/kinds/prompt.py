@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from irtune.adapters.soft_tokens import SoftTokens
+from irtune.adapters.soft_tokens import SoftTokens, embeddings_of
 from irtune.adapters.trainable import freeze, train_with_head
 from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
-from irtune.distributed.partitioned import whole
 from irtune.models import Classifier
 
 FIRST_FILLER = 1000
@@ -25,12 +24,11 @@ class Prompted(SoftTokens):
 
     def __init__(self, classifier: Classifier, adapter: AdapterConfig):
         super().__init__(classifier)
-        vocabulary = self.base.get_input_embeddings()  # type: ignore[operator]
-        chosen = torch.randint(vocabulary.num_embeddings, (adapter.num_tokens,))
+        vocabulary = self.base.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        chosen = torch.randint(vocabulary, (adapter.num_tokens,))
         if adapter.prompt_init == "labels":
-            chosen = label_tokens(classifier, adapter.num_tokens, vocabulary.num_embeddings)
-        with whole(vocabulary.parameters()):
-            first = vocabulary(chosen.to(vocabulary.weight.device)).detach().clone()
+            chosen = label_tokens(classifier, adapter.num_tokens, vocabulary)
+        first = embeddings_of(self.base, chosen)
         # Adam's updates do not depend on the scale of gradients: what is stored small learns fast.
         self.scale = adapter.prompt_lr
         self.prompt = nn.Embedding(adapter.num_tokens, first.shape[1], _weight=first / self.scale)

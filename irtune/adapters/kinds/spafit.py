@@ -1,6 +1,7 @@
 """SPAFIT (Arora and Wang 2024): strata of layers [0, a) frozen, [a, b) biases only, [b, L) LoRA and biases.
 
-In the last stratum the attention matrices get LoRA, and the biases outside the attention train.
+In the last stratum the attention matrices that `adapter.target_modules` names get LoRA, and all biases of the layer
+train, those of the attention and of the norms included.
 """
 
 import math
@@ -8,7 +9,7 @@ import math
 from torch import nn
 
 from irtune.adapters.low_rank import add_low_rank
-from irtune.adapters.targets import target_pattern
+from irtune.adapters.targets import target_pattern, wanted_modules
 from irtune.adapters.trainable import freeze, layer_biases, layer_list, train_with_head
 from irtune.config.declarations import AdapterKind
 from irtune.config.schema import AdapterConfig
@@ -36,11 +37,11 @@ def build(classifier: Classifier, adapter: AdapterConfig) -> nn.Module:
     """LoRA in the upper layers and biases from the middle up."""
     layers = layer_list(classifier)
     a, b = strata(adapter, len(layers))
-    names = [n for n in linear_names(classifier.model, classifier.anatomy) if _in_attention(n)]
-    if not names:
+    parts = [n for n in linear_names(classifier.model, classifier.anatomy) if _in_attention(n)]
+    if not parts:
         raise ModelError("adapter.type spafit: the layers have no attention of linear modules")
-    biases = [p for layer in layers[a:b] for p in layer_biases(layer)]
-    biases += [p for layer in layers[b:] for p in layer_biases(layer, lambda name: not _in_attention(name))]
+    names = wanted_modules(parts, adapter)
+    biases = [p for layer in layers[a:] for p in layer_biases(layer)]
     numbers = "|".join(str(number) for number in range(b, len(layers))) or "never"
     pattern = target_pattern(names, classifier.anatomy.layers, numbers)
     if b < len(layers):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from irtune import console
 from irtune.commands import COMMANDS
 from irtune.config import Config, load_config
+from irtune.config.load import LAUNCHER_OPTIONS
 from irtune.distributed import environment
 from irtune.errors import ConfigError, IrtuneError, StoppedError
 from irtune.redaction import redact
@@ -44,6 +45,8 @@ def train(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `python -m irtune COMMAND ...`; returns the exit status."""
+    if arguments and arguments[0].startswith(LAUNCHER_OPTIONS):  # `deepspeed --module irtune COMMAND` puts it there
+        arguments = arguments[1:]
     name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
     if name in ("-h", "--help"):
         sys.stdout.write(_usage())

@@ -19,6 +19,7 @@ COMMANDS = {
         "curate`: labels that are probably wrong; `data terms`: words for a head; `data select`: rows worth labelling",
     ),
     "pseudo": ("pseudo", "label texts by the vote of several runs, to train on them"),
+    "recipes": ("recipes", "recipes and DeepSpeed files that come with irtune, and copies of them"),
     "compare": ("compare", "methods, adapters, corpora and seeds side by side"),
     "crossvalidate": ("crossvalidate", "stratified k-fold training on a small corpus"),
 }

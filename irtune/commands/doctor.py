@@ -162,10 +162,12 @@ def _problems() -> list[str]:
 
 
 def _unpinned() -> list[str]:
-    """Packages that are not those of requirements.txt, where irtune lies beside it."""
+    """Packages that are not those of requirements.txt, or of the installed package where that is not beside irtune."""
     file = Path(__file__).parents[2] / "requirements.txt"
+    beside = file.is_file()
+    source = file.name if beside else "irtune"
     problems = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if beside else metadata.requires("irtune") or []:
         text = line.partition("#")[0].strip()
         wanted = Requirement(text) if text else None
         if wanted is None or (wanted.marker is not None and not wanted.marker.evaluate()):
@@ -175,7 +177,7 @@ def _unpinned() -> list[str]:
         except metadata.PackageNotFoundError:
             present = "missing"
         if present == "missing" or not wanted.specifier.contains(present.partition("+")[0], prereleases=True):
-            problems.append(f"{wanted.name} is {present}, and requirements.txt wants {wanted.specifier}")
+            problems.append(f"{wanted.name} is {present}, and {source} wants {wanted.specifier}")
     return problems
 
 

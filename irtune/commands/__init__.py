@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "metrics, intervals, calibration and worst mistakes of a run on a corpus"),
     "export": ("export", "the adapter with a model card, or the merged model"),
     "inspect": ("inspect", "which layers a run trained, with what scores and state"),
+    "report": ("report", "one page about a run, or about several side by side"),
     "plan": ("plan", "memory and communication of a configuration, per ZeRO stage, before it runs"),
     "validate": ("validate", "every error of a configuration, and examples as the model will see them"),
     "doctor": ("doctor", "versions, accelerators, interfaces, speed of all-reduce, and what is wrong"),

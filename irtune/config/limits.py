@@ -110,3 +110,8 @@ FOLD = Form("K/N with 1 <= K <= N and N at least 2, such as 2/5", _is_fold)
 STRATA = Form("[a, b] with 0 <= a <= b <= layers", lambda ends: len(ends) == 2 and 0 <= ends[0] <= ends[1])
 SEPARATOR = Form("a text that is not empty", bool)
 BETAS = Form("two numbers from 0 to below 1", lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas))
+KNOWN_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKERS = Form(
+    f"a list of {', '.join(KNOWN_TRACKERS)}, each at most once",
+    lambda names: sorted(names) == sorted({*names} & {*KNOWN_TRACKERS}),
+)

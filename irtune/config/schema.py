@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from irtune.config.declarations import adapter_kinds, methods
-from irtune.config.limits import BETAS, FOLD, MODEL, SEPARATOR, STRATA, Limit, OneOf, Range
+from irtune.config.limits import BETAS, FOLD, MODEL, SEPARATOR, STRATA, TRACKERS, Limit, OneOf, Range
 
 MAX_WIDTH = 2**16  # rank or width of an adapter; wider ones are typing errors that would fill the memory
 
@@ -328,6 +328,9 @@ class RunConfig:
     checkpoint folder."""
     deterministic: bool = False
     """Only deterministic kernels (slower on a GPU)."""
+    trackers: Annotated[list[str], TRACKERS] = field(default_factory=lambda: ["tensorboard"])
+    """Where curves and pictures go: tensorboard, wandb, mlflow and trackio, or []. All but the first need
+    `pip install 'irtune[trackers]'`, and read where they send to from their own variables of the environment."""
     max_skipped_steps: Annotated[int, Range(1)] = 10
     """Steps in a row without an update, since loss or gradients were not finite, before training stops."""
     timeout_seconds: Annotated[int, Range(1)] = 1800

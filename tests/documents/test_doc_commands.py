@@ -337,7 +337,7 @@ def run_shell(workshop: Workshop, text: str) -> None:
 
 RUN: dict[str, Callable[[Workshop, str], None]] = {
     TRAIN.pattern: run_training,
-    r"python -m irtune (data stats|data baseline|validate|plan|inspect|evaluate|predict|export) ": run_irtune,
+    r"python -m irtune (data stats|data baseline|validate|plan|inspect|evaluate|predict|export|report) ": run_irtune,
     r"python -m irtune\.data\.synthetic ": run_synthetic,
     r"(RANKS=\d+ )?bash launch/local\.sh ": run_launcher,
     r"bash launch/tensorboard\.sh ": run_tensorboard,

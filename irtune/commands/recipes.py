@@ -32,7 +32,9 @@ def main(arguments: Sequence[str]) -> int:
         raise OutputError(f"{target} exists already; name another file with --to")
     with writing(target):
         write_text(target, source.read_text(encoding="utf-8"))
-    show(f"{target} is a copy of {source.name}; check it with: python -m irtune validate --config {target}")
+    show(f"{target} is a copy of {source.name}")
+    if source.suffix == ".yaml":
+        show("an editor knows its keys with, in the same folder: python -m irtune schema > recipe.schema.json")
     return 0
 
 

@@ -11,7 +11,7 @@ def packaged(kind: str) -> list[Path]:
     """The files of `kind`, recipes or ds_configs, in alphabetical order."""
     inside = PACKAGE / kind
     folder = inside if inside.is_dir() else PACKAGE.parent / _PLACES[kind]
-    return sorted(file for file in folder.glob("*") if file.suffix in (".yaml", ".json"))
+    return sorted(folder.glob("*.yaml" if kind == "recipes" else "*.json"))
 
 
 def find_packaged(kind: str, name: str) -> Path | None:

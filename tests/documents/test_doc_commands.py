@@ -147,6 +147,8 @@ ELSEWHERE = {
     r"python -m irtune doctor$": "tests/commands/test_doctor.py::test_it_measures_between_ranks",
     r"pip install |irtune (recipes|train)\b|deepspeed .*--module irtune|torchrun .* -m irtune train": "tests/documents/"
     "test_package.py::test_a_wheel_works_without_a_checkout",
+    r"irtune schema ": "tests/commands/test_editors.py::test_the_schema_beside_the_recipes_is_up_to_date",
+    r"irtune completion ": "tests/commands/test_editors.py::test_a_shell_completes_commands_options_and_values",
     r"docker build ": "tests/documents/test_package.py::test_the_image_is_pinned_and_explained",
     r"(\w+=\S+ )*bash launch/multinode_deepspeed\.sh ": "tests/jobs/test_launch.py::test_two_hosts_train",
     r"(\w+=\S+ )*bash launch/torchrun_node\.sh ": "tests/jobs/test_launch.py::"

@@ -18,6 +18,7 @@ import torch
 from irtune import cli
 from irtune.data.synthetic import synthetic_pairs
 from irtune.errors import ModelError
+from irtune.tasks import SINGLE_LABEL
 
 pytest.importorskip("fastapi", reason="fastapi is not installed: irtune[serve] has it")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: irtune[serve] has it")
@@ -46,7 +47,9 @@ def stand_in(*, pairs: bool = True, sizes: list[int] | None = None):
         "dev": {"accuracy": 0.5, "macro_f1": 0.25, "auprc": 0.75, "examples": 4},
         "versions": {"irtune": "0.0.9"},
     }
-    return SimpleNamespace(folder=Path("runs/mine"), config=config, results=results, labels=LABELS, predict=predict)
+    return SimpleNamespace(
+        folder=Path("runs/mine"), config=config, results=results, labels=LABELS, predict=predict, task=SINGLE_LABEL
+    )
 
 
 @contextlib.contextmanager
@@ -83,8 +86,8 @@ def test_answers_and_refusals():
         status, found = ask(port, "/predict", {"texts": [pair(20), pair(90)]})
         assert status == 200
         assert found["predictions"] == [
-            {"label": "short", "probability": 0.8, "probabilities": {"short": 0.8, "long": 0.2}},
-            {"label": "long", "probability": 0.9, "probabilities": {"short": 0.1, "long": 0.9}},
+            {"predicted": "short", "probability": 0.8, "probabilities": {"short": 0.8, "long": 0.2}},
+            {"predicted": "long", "probability": 0.9, "probabilities": {"short": 0.1, "long": 0.9}},
         ]
         assert ask(port, "/health") == (200, {"status": "ok", "waiting": 0})
         status, card = ask(port, "/")
@@ -105,7 +108,7 @@ def test_answers_and_refusals():
             assert ask(port, "/predict", content) == (status, {"error": sentence})
         assert ask(port, "/predict", {"texts": [pair(20)]})[0] == 200  # and it goes on
     with served(stand_in(pairs=False)) as port:
-        assert ask(port, "/predict", {"texts": ["a" * 90]})[1]["predictions"][0]["label"] == "long"
+        assert ask(port, "/predict", {"texts": ["a" * 90]})[1]["predictions"][0]["predicted"] == "long"
         assert (
             "texts[0] is {'before': 'x'}; accepted: a text"
             in ask(port, "/predict", {"texts": [{"before": "x"}]})[1]["error"]

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from irtune import __version__
 from irtune.commands.common import a_path, parser, show
 from irtune.commands.report import charts
-from irtune.commands.report.read import METRICS, RunData, read_run_data
+from irtune.commands.report.read import MAIN, METRICS, RunData, read_run_data
 from irtune.files import write_text, writing
 
 COLOURS = 8  # of runs in one chart, as the page's style has them; further ones repeat
@@ -66,7 +66,8 @@ def _overview(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | None]
             values = [run.results.get(split, {}).get(name) for run in runs]
             known = [value for value in values if value is not None]
             if known:
-                best = values.index(max(known)) if len(known) > 1 and len(set(known)) > 1 else None
+                several = len(set(known)) > 1 and not name.endswith("_error")
+                best = values.index(max(known)) if several else None
                 rows.append((f"{split} {title}", ["-" if v is None else f"{v:.3f}" for v in values], best))
     for title in runs[0].facts:
         rows.append((title, [run.facts[title] for run in runs], None))
@@ -83,7 +84,7 @@ def _curves(runs: Sequence[RunData]) -> list[Any]:
 
     drawn = [
         charts.lines("Training loss", of_each("train", "loss")),
-        charts.lines("dev macro-F1", of_each("dev", "macro_f1"), low=0.0, high=1.0),
+        *(charts.lines(f"dev {METRICS[name]}", of_each("dev", name), low=0.0, high=1.0) for name in MAIN),
         charts.lines("dev loss", of_each("dev", "loss")),
         charts.lines("Speed (tokens per second)", of_each("train", "tokens_per_second"), low=0.0),
     ]

@@ -16,7 +16,17 @@ from irtune.errors import IrtuneError, RunError
 from irtune.redaction import without_secrets
 from irtune.tracking.pictures import arrays, row
 
-METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1", "auprc": "AUPRC"}
+# In the order of their rows; a run has those of its task.
+METRICS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "auprc": "AUPRC",
+    "jaccard": "Jaccard index",
+    "pearson": "Pearson's r",
+    "spearman": "Spearman's rho",
+    "mean_absolute_error": "mean absolute error",
+}
+MAIN = ("macro_f1", "pearson")
 MISTAKES, BINS, LONGEST = 12, 10, 700
 Selections = tuple[list[int], np.ndarray, np.ndarray]
 
@@ -56,7 +66,7 @@ def read_run_data(folder: Path) -> RunData:
     results, logged = read_results(folder / "results.json"), read_records(folder / "metrics.jsonl")
     steps = results.get("steps") or max((record["step"] for record in logged), default=0)
     notes = [] if results else [f"not finished: it has reached step {steps}; what is here is what it has written"]
-    predictions = _predictions(folder / "predictions.jsonl")
+    predictions = _predictions(folder / "predictions.jsonl", "confusion_matrix" in results.get("dev", {}))
     bins, error = _calibration(predictions)
     mistakes, note = _mistakes(folder, predictions)
     dev = [record for record in logged if record.get("kind") == "eval" and record.get("split") == "dev"]
@@ -69,7 +79,7 @@ def read_run_data(folder: Path) -> RunData:
         notes.append(str(missing))
     return RunData(
         name=folder.resolve().name, folder=folder, finished="steps" in results, steps=steps, results=results,
-        facts=_facts(settings, results, steps), settings=settings, dev=_columns(dev, ("step", "loss", "macro_f1")),
+        facts=_facts(settings, results, steps), settings=settings, dev=_columns(dev, ("step", "loss", *MAIN)),
         train=_columns([r for r in logged if r.get("kind") == "train"], ("step", "loss", "tokens_per_second")),
         selections=selections, bins=bins, calibration_error=error, mistakes=mistakes, notes=notes + note,
     )  # fmt: skip
@@ -111,9 +121,12 @@ def _facts(settings: dict[str, Any], results: dict[str, Any], steps: int) -> dic
     }
 
 
-def _predictions(file: Path) -> list[dict[str, Any]]:
-    """Records of predictions.jsonl, each with `confidence`, the probability of what was predicted."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+def _predictions(file: Path, single: bool) -> list[dict[str, Any]]:
+    """Records of predictions.jsonl, each with `confidence`, the probability of what was predicted.
+
+    None where an example has other than a `single` label: calibration and mistakes are about one.
+    """
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if single and file.is_file() else []
     try:
         records = [json.loads(line) for line in lines]
         return [record | {"confidence": record["probabilities"][record["predicted"]]} for record in records]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
@@ -15,6 +16,7 @@ from irtune import __version__
 from irtune.data import Example
 from irtune.errors import IrtuneError, brief, one_line
 from irtune.evaluation.saved_run import LoadedRun
+from irtune.tasks.base import Label
 
 log = logging.getLogger("irtune")
 CHARACTERS = 1_000_000  # of a text, as in a corpus
@@ -47,8 +49,8 @@ class Batcher:
     queue: asyncio.Queue = field(default_factory=asyncio.Queue)
     waiting: int = 0  # texts, with those that are being computed
 
-    async def predict(self, examples: list[Example]) -> list[list[float]]:
-        """Probabilities of each example."""
+    async def predict(self, examples: list[Example]) -> list[torch.Tensor]:
+        """Scores [classes] of each example."""
         if self.waiting + len(examples) > WAITING:
             raise RequestError(503, f"{self.waiting} texts are waiting already; try again later")
         answer = asyncio.get_running_loop().create_future()
@@ -65,7 +67,7 @@ class Batcher:
             every = [example for examples, _ in together for example in examples]
             try:
                 found = await asyncio.to_thread(self.run.predict, every, self.batch)
-                rows = found.probabilities.tolist()
+                rows = list(found.probabilities)
                 for examples, answer in together:
                     mine, rows = rows[: len(examples)], rows[len(examples) :]
                     if not answer.done():  # done: its client has gone
@@ -107,10 +109,10 @@ def build_app(run: LoadedRun, limits: Limits) -> FastAPI:
 
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, Any]:
-        examples = read_examples(
-            await _body(request, limits.size), pairs=run.config.data.after is not None, limits=limits
-        )
-        return {"predictions": [_answer(row, run.labels) for row in await batcher.predict(examples)]}
+        content = await _body(request, limits.size)
+        pairs = run.config.data.after is not None
+        examples = read_examples(content, pairs=pairs, limits=limits, blank=run.task.blank)
+        return {"predictions": [run.task.written(row, run.labels) for row in await batcher.predict(examples)]}
 
     return app
 
@@ -125,7 +127,7 @@ def model_facts(run: LoadedRun, limits: Limits) -> dict[str, Any]:
         "adapter": config.adapter.type,
         "task": "pairs of texts" if pair else "single texts",
         "labels": run.labels,
-        "dev": {name: run.results["dev"].get(name) for name in ("accuracy", "macro_f1", "auprc", "examples")},
+        "dev": {name: run.results["dev"].get(name) for name in (*run.task.headline, "examples")},
         "example": {"texts": [{"before": "I has a cat.", "after": "I have a cat."} if pair else "I have a cat."]},
         "limits": {"texts": limits.texts, "bytes": limits.size, "tokens": config.data.max_length},
         "versions": run.results.get("versions", {}) | {"irtune_here": __version__},
@@ -142,8 +144,8 @@ async def _body(request: Request, most: int) -> bytes:
     return content
 
 
-def read_examples(content: bytes, *, pairs: bool, limits: Limits) -> list[Example]:
-    """The examples of a request.
+def read_examples(content: bytes, *, pairs: bool, limits: Limits, blank: Label) -> list[Example]:
+    """The examples of a request, with the label `blank`.
 
     Raises:
         RequestError: 413 for too many texts or one that is too long, 422 for anything else that is not as it should be.
@@ -169,11 +171,5 @@ def read_examples(content: bytes, *, pairs: bool, limits: Limits) -> list[Exampl
         longest = max(map(len, written))
         if longest > CHARACTERS:
             raise RequestError(413, f"texts[{number}] has {longest:,} characters; accepted: up to {CHARACTERS:,}")
-        examples.append(Example(str(number), written[0], written[1] if pairs else None, 0))
+        examples.append(Example(str(number), written[0], written[1] if pairs else None, blank))
     return examples
-
-
-def _answer(row: list[float], labels: list[str]) -> dict[str, Any]:
-    best = max(range(len(row)), key=row.__getitem__)
-    every = {label: round(value, 6) for label, value in zip(labels, row)}
-    return {"label": labels[best], "probability": every[labels[best]], "probabilities": every}

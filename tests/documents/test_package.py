@@ -69,7 +69,7 @@ def test_recipes_are_listed_copied_and_found_from_anywhere(tmp_path, monkeypatch
     assert "quickstart.yaml exists already" in capsys.readouterr().err
     assert cli.main(["recipes", "zero3", "--to", "mine.json"]) == 0 and (tmp_path / "mine.json").is_file()
     assert cli.main(["recipes", "nothing"]) == 2
-    assert "there is no recipe 'nothing'; accepted: argrewrite-smollm2, " in capsys.readouterr().err
+    assert "there is no recipe 'nothing'; accepted: argrewrite-" in capsys.readouterr().err
     (tmp_path / "quickstart.yaml").unlink()
     for name in ("quickstart", "quickstart.yaml", "launch/recipes/quickstart.yaml"):
         assert load_config(["--config", name, "--data.path", "x"]).optim.max_steps == 30

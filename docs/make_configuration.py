@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from irtune.config import schema
 from irtune.config.declarations import adapter_kinds, methods
 from irtune.config.deepspeed_json import KNOBS, RECIPE_ONLY
+from irtune.config.keys import SECTIONS, declared_limit, declared_type
 from irtune.config.limits import OneOf, Range
 from irtune.config.presets import MODELS, PRESETS, fill_presets
-from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type
+from irtune.config.schema import Config
 
 INTRODUCTION = """\
 # Configuration

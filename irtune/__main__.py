@@ -1,8 +1,14 @@
-"""`python -m irtune COMMAND`."""
+"""`python -m irtune COMMAND`, which an installed irtune also has as the program `irtune`."""
 
 import sys
 
 from irtune.cli import main
 
+
+def script() -> int:
+    """The program `irtune`."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(script())

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from irtune import console
 from irtune.commands import COMMANDS
 from irtune.config import Config, load_config
+from irtune.config.load import LAUNCHER_OPTIONS
 from irtune.distributed import environment
 from irtune.errors import ConfigError, IrtuneError, StoppedError
 from irtune.redaction import redact
@@ -44,6 +46,8 @@ def train(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Run `python -m irtune COMMAND ...`; returns the exit status."""
+    if arguments and arguments[0].startswith(LAUNCHER_OPTIONS):  # `deepspeed --module irtune COMMAND` puts it there
+        arguments = arguments[1:]
     name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
     if name in ("-h", "--help"):
         sys.stdout.write(_usage())
@@ -88,6 +92,7 @@ def _summary(results: dict, config: Config) -> None:
 
     dev, folder = results["dev"], config.run.output_dir
     headline = task_of(config.data).headline
+    run = shlex.quote(folder)
     sys.stdout.write(
         f"\ndev {', '.join(f'{words} {dev[name]:.3f}' for name, words in headline.items())} "
         f"({dev['examples']} examples, step {results['best_step']})\n"
@@ -99,4 +104,6 @@ def _summary(results: dict, config: Config) -> None:
         f"({results['examples_per_second']:.1f} examples/s on {results['world_size']} rank(s)), "
         f"{results['wall_seconds']:.0f} s with evaluations and checkpoints\n"
         f"results in {folder}; pictures: tensorboard --host localhost --logdir {folder}/tensorboard\n"
+        f"next: python -m irtune report --run {run} for one page with all of it, python -m irtune predict --run {run} "
+        "--input FILE --output FILE for new texts\n"
     )

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ def examine(world: World) -> dict[str, Any]:
         "ranks": world.size,
         "all_reduce": rows,
         "notes": notes + ([clocks] if clocks else []),
+        "suggestions": suggestions(_gpus(), _cpu_flags()),
         "problems": problems + wrong,
     }
 
@@ -115,6 +116,38 @@ def _accelerators() -> list[str]:
         formats = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
         found.append(f"{one.name}, {one.total_memory / 2**30:.0f} GiB, compute {one.major}.{one.minor}, {formats}")
     return found
+
+
+def _gpus() -> list[tuple[int, bool]]:
+    """Bytes of each GPU, and whether it computes in bfloat16."""
+    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return [(torch.cuda.get_device_properties(n).total_memory, bfloat16) for n in range(torch.cuda.device_count())]
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor can do, as Linux names it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+
+
+def suggestions(gpus: Sequence[tuple[int, bool]], cpu: Collection[str]) -> list[str]:
+    """What a recipe should say on a machine with `gpus` (bytes, bfloat16) or else a processor with the flags `cpu`."""
+    if not gpus:
+        said = ["no GPU: models of up to about a billion parameters, such as --config quickstart"]
+        if cpu and not {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu):
+            said.append("model.dtype float32: this processor does not compute in bfloat16")
+        return said
+    least = min(size for size, _ in gpus) / 2**30
+    said = [] if all(fits for _, fits in gpus) else ["model.dtype float16: not every GPU computes in bfloat16"]
+    if least < 22:
+        said.append("8B models: model.quantization nf4 with model.gradient_checkpointing true")
+    else:
+        short = "true" if least < 38 else "false, which is faster"
+        said.append(f"8B models: model.dtype bfloat16 with model.gradient_checkpointing {short}")
+    if len(gpus) > 1:
+        said.append(f"deepspeed --num_gpus {len(gpus)}; deepspeed zero3 divides weights that do not fit on one GPU")
+    return said
 
 
 def _measure(world: World) -> tuple[list[dict[str, Any]], list[str]]:
@@ -162,10 +195,12 @@ def _problems() -> list[str]:
 
 
 def _unpinned() -> list[str]:
-    """Packages that are not those of requirements.txt, where irtune lies beside it."""
+    """Packages that are not those of requirements.txt, or of the installed package where that is not beside irtune."""
     file = Path(__file__).parents[2] / "requirements.txt"
+    beside = file.is_file()
+    source = file.name if beside else "irtune"
     problems = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if beside else metadata.requires("irtune") or []:
         text = line.partition("#")[0].strip()
         wanted = Requirement(text) if text else None
         if wanted is None or (wanted.marker is not None and not wanted.marker.evaluate()):
@@ -175,7 +210,7 @@ def _unpinned() -> list[str]:
         except metadata.PackageNotFoundError:
             present = "missing"
         if present == "missing" or not wanted.specifier.contains(present.partition("+")[0], prereleases=True):
-            problems.append(f"{wanted.name} is {present}, and requirements.txt wants {wanted.specifier}")
+            problems.append(f"{wanted.name} is {present}, and {source} wants {wanted.specifier}")
     return problems
 
 
@@ -219,5 +254,6 @@ def _text(found: dict[str, Any]) -> str:
         header = ["all-reduce over " + f"{found['ranks']} ranks", "bytes", "ms", "MiB/s", "on each link"]
         lines += ["", table(header, cells)]
     lines += ["", *(f"note: {text}" for text in found["notes"])]
+    lines += [f"suggestion: {text}" for text in found["suggestions"]]
     lines += [f"problem: {text}" for text in found["problems"]] or ["nothing is wrong"]
     return "\n".join(lines)

@@ -52,7 +52,7 @@ def read_selections(folder: Path) -> list[dict[str, Any]]:
         raise RunError(
             f"{folder} is not a run folder: it has no selection.jsonl; accepted: the run.output_dir of a run"
         )
-    records = _records(file)
+    records = read_records(file)
     if not records:
         raise RunError(f"the run in {folder} has not selected any layers yet")
     layers = records[0].get("num_layers")
@@ -67,7 +67,7 @@ def read_selections(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _results(file: Path) -> dict[str, Any]:
+def read_results(file: Path) -> dict[str, Any]:
     """The content of results.json; nothing where there is none yet."""
     found = read_object(file, MAX_RESULTS, RunError) if file.is_file() else {}
     if found and not isinstance(found.get("steps"), int):
@@ -75,7 +75,7 @@ def _results(file: Path) -> dict[str, Any]:
     return found
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
+def read_records(file: Path) -> list[dict[str, Any]]:
     """Objects with a step of a file of JSON lines. The last line may be cut, since a run may be writing it.
 
     Raises:
@@ -105,8 +105,8 @@ def picture(records: Sequence[dict[str, Any]], steps: int) -> np.ndarray:
 def inspect(folder: Path) -> dict[str, Any]:
     """Layers, selections and optimizer state of a run, in plain JSON types."""
     records = read_selections(folder)
-    results = _results(folder / "results.json")
-    logged = _records(folder / "metrics.jsonl")
+    results = read_results(folder / "results.json")
+    logged = read_records(folder / "metrics.jsonl")
     steps = results["steps"] if results else max((r["step"] for r in logged), default=records[-1]["step"])
     memory = [record for record in logged if record.get("kind") == "memory"]
     trained = [0] * records[0]["num_layers"]

@@ -31,6 +31,7 @@ from irtune.models.head_words import start_from_words
 from irtune.models.limits import check_tokens
 from irtune.models.pooling import check_pooling
 from irtune.tasks import SINGLE_LABEL
+from irtune.tracking.writers import check_installed
 
 SHOWN = 3
 RARE = 20
@@ -126,6 +127,8 @@ def _read(config: Config, ranks: int) -> _Inputs:
         except IrtuneError as error:
             problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
             return None
+
+    tried(lambda: check_installed(config.run.trackers))
 
     corpus = tried(lambda: read_corpus(config.data))
     tried(lambda corpus: class_weights(config.optim, corpus.labels), corpus)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from irtune.config.declarations import Declaration, adapter_kinds, methods
-from irtune.config.schema import Config, DataConfig, ModelConfig, declared_limit, known_keys, value_of
+from irtune.config.keys import declared_limit, known_keys, value_of
+from irtune.config.schema import Config, DataConfig, ModelConfig
 from irtune.config.tasks import task_problems
 from irtune.config.template import template_problems
 

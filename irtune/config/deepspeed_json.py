@@ -7,6 +7,7 @@ from typing import Any
 
 from irtune.config.batch_size import accumulation, with_accumulation
 from irtune.config.checks import check_engine
+from irtune.config.packaged import find_packaged
 from irtune.config.schema import Config
 from irtune.errors import brief
 from irtune.files import read_text
@@ -109,10 +110,9 @@ def _unknown(settings: dict[str, Any], path: Path) -> list[str]:
 
 
 def find_engine_json(name: str) -> Path | None:
-    """The file `name` as given, or below the project's folder."""
+    """The file `name` as given, or the one of irtune's own that it means."""
     given = Path(name).expanduser()
-    candidates = [given, Path(__file__).resolve().parents[2] / given]
-    return next((path for path in candidates if path.is_file()), None)
+    return given if given.is_file() else find_packaged("ds_configs", name)
 
 
 def engine_dtype(config: Config) -> str:

@@ -117,3 +117,8 @@ HEADS = Form(
     lambda heads: heads >= 1 if isinstance(heads, int) else 0 < heads < 1,
 )
 BETAS = Form("two numbers from 0 to below 1", lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas))
+KNOWN_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TRACKERS = Form(
+    f"a list of {', '.join(KNOWN_TRACKERS)}, each at most once",
+    lambda names: sorted(names) == sorted({*names} & {*KNOWN_TRACKERS}),
+)

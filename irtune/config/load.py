@@ -12,9 +12,10 @@ import yaml
 
 from irtune.config.checks import check_config
 from irtune.config.deepspeed_json import read_engine_json
+from irtune.config.keys import SECTIONS, declared_limit, declared_type, known_keys
 from irtune.config.labels import canonical
 from irtune.config.presets import fill_presets
-from irtune.config.schema import SECTIONS, Config, declared_limit, declared_type, known_keys
+from irtune.config.schema import Config
 from irtune.config.template import read_template
 from irtune.config.values import implausible
 from irtune.config.yaml_file import parse_yaml, read_recipe

@@ -1,15 +1,14 @@
 """The sections of a configuration: type, limit, default and meaning of each key stand here and nowhere else.
 
-The text under each field is its help on the command line. A limit stands in the field's `Annotated` type;
-`declared_type` and `declared_limit` give what is declared to whoever checks or describes a key.
+The text under each field is its help on the command line. A limit stands in the field's `Annotated` type. keys.py gives
+what is declared to whoever checks or describes a key.
 """
 
-import functools
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Literal
 
 from irtune.config.declarations import adapter_kinds, methods
-from irtune.config.limits import BETAS, FOLD, HEADS, MAX_WIDTH, MODEL, SEPARATOR, STRATA, Limit, OneOf, Range
+from irtune.config.limits import BETAS, FOLD, HEADS, MAX_WIDTH, MODEL, SEPARATOR, STRATA, TRACKERS, OneOf, Range
 
 
 @dataclass(kw_only=True)
@@ -339,6 +338,9 @@ class RunConfig:
     checkpoint folder."""
     deterministic: bool = False
     """Only deterministic kernels (slower on a GPU)."""
+    trackers: Annotated[list[str], TRACKERS] = field(default_factory=lambda: ["tensorboard"])
+    """Where curves and pictures go: tensorboard, wandb, mlflow and trackio, or []. All but the first need
+    `pip install 'irtune[trackers]'`, and read where they send to from their own variables of the environment."""
     max_skipped_steps: Annotated[int, Range(1)] = 10
     """Steps in a row without an update, since loss or gradients were not finite, before training stops."""
     timeout_seconds: Annotated[int, Range(1)] = 1800
@@ -364,38 +366,3 @@ class Config:
 # Options of the section model by which code that comes with a model runs. Whoever loads a run's folder has to ask for
 # them again: the folder may be another's.
 RISKS = ("trust_remote_code", "allow_pickle")
-
-# Name -> class.
-SECTIONS: dict[str, Any] = {name: kind for name, kind in get_type_hints(Config).items() if name != "deepspeed"}
-
-
-def known_keys() -> list[str]:
-    """All dotted keys, for example `optim.lr`."""
-    keys = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.__dataclass_fields__]
-    return [*keys, "deepspeed"]
-
-
-@functools.cache
-def _types(section: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Types of a section's fields, without and with their limits."""
-    owner = SECTIONS[section] if section else Config
-    return get_type_hints(owner), get_type_hints(owner, include_extras=True)
-
-
-def declared_type(key: str) -> Any:
-    """The type of a key, without its limit."""
-    section, _, name = key.rpartition(".")
-    return _types(section)[0][name]
-
-
-def declared_limit(key: str) -> Limit | None:
-    """What a key accepts beyond its type, if there is such a limit."""
-    section, _, name = key.rpartition(".")
-    found = get_args(_types(section)[1][name])
-    return next((item for item in found if isinstance(item, Limit)), None)
-
-
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    section, _, name = key.rpartition(".")
-    return getattr(getattr(config, section) if section else config, name)

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from irtune.config.packaged import find_packaged
 from irtune.errors import one_line
 from irtune.files import read_text
 
@@ -13,9 +14,13 @@ MAX_VALUES = 20_000  # with every alias written out; a long text counts as one f
 
 
 def read_recipe(file: str, problems: list[str]) -> Any:
-    """The content of a YAML file in plain types; {} and a sentence in `problems` when it cannot be used."""
+    """The content of a YAML file, or of the recipe of irtune's that `file` means, in plain types.
+
+    {} and a sentence in `problems` when it cannot be used.
+    """
     try:
-        text = read_text(Path(file).expanduser(), MAX_BYTES)
+        path = Path(file).expanduser()
+        text = read_text(path if path.exists() else find_packaged("recipes", file) or path, MAX_BYTES)
     except UnicodeDecodeError as error:
         problems.append(f"{file!r} is not valid YAML: byte {error.start} is not UTF-8; save the file as UTF-8")
     except OSError as error:

@@ -141,6 +141,13 @@ def rgb(figure: "Figure") -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def viridis(values: np.ndarray) -> np.ndarray:
+    """Colours of values from 0 to 1 on matplotlib's scale viridis, uint8 [..., 4]."""
+    from matplotlib import colormaps
+
+    return (np.asarray(colormaps["viridis"](values)) * 255).astype(np.uint8)
+
+
 def row(record: dict[str, Any]) -> Row:
     """A record of selection.jsonl in little memory: step, scores float32 [layers] with NaN, trained bool [layers]."""
     layers = record["num_layers"]

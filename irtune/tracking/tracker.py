@@ -1,30 +1,42 @@
-"""What a run tells: JSON lines and TensorBoard files, console lines and a progress bar. Rank 0 only.
+"""What a run tells: JSON lines, TensorBoard or other trackers, console lines and a progress bar. Rank 0 only.
 
 Record kinds: train (per log interval), eval (per evaluation) and memory in metrics.jsonl; one object per selection in
-selection.jsonl. Names contain units. TensorBoard also gets pictures, the configuration and the hparams table.
+selection.jsonl. Names contain units. Trackers also get pictures, the configuration and the choices with final metrics.
 """
 
 import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from irtune.config import Config
 from irtune.tasks import SINGLE_LABEL, Predictions, Task
 from irtune.tracking import pictures
 from irtune.tracking.records import append_record, keep_until
+from irtune.tracking.writers import open_writers
 
 log = logging.getLogger("irtune")
 # Pictures of the layers are drawn at log lines after a selection, at most every 30 s and, later, every 2 % of the time
 # so far: a tenth of a second then never matters, and the event file does not fill with pictures.
 PICTURE_SECONDS, PICTURE_SHARE = 30.0, 0.02
+
+
+TAGS = {
+    "loss": "train/loss",
+    "lr": "train/learning_rate",
+    "grad_norm": "train/gradient_norm",
+    "clipped": "train/clipped",
+    "skipped_steps": "train/skipped_steps",
+    "tokens_per_second": "speed/tokens_per_second",
+    "examples_per_second": "speed/examples_per_second",
+    "padding_share": "speed/padding_share",
+}
 
 
 class Tracker:
@@ -39,27 +51,34 @@ class Tracker:
         max_steps: int,
         score: str = "score",
         task: Task = SINGLE_LABEL,
+        trackers: Sequence[str] = ("tensorboard",),
+        metric: str = "macro_f1",
     ):
         """Open the files; on resume, records after `start_step` are removed, so that none appears twice.
 
-        `score` is the kind of layer scores, for the legend of their picture. The text tab gets `folder`'s config.yaml.
+        `score` is the kind of layer scores, for the legend of their picture; `metric` is the dev metric that progress
+        lines show. Trackers get `folder`'s config.yaml.
+
+        Raises:
+            ConfigError: for one of `trackers` that cannot start.
         """
         self.active, self.headline = active, task.headline
         if not active:
             return
-        self.step, self.score = start_step, score
+        self.step, self.start_step, self.max_steps, self.score = start_step, start_step, max_steps, score
+        self._metric, self._dev = metric, ""
         self.metrics = folder / "metrics.jsonl"
         self.selections = folder / "selection.jsonl"
         for file in (self.metrics, self.selections):
             keep_until(file, start_step)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self.writers = open_writers(trackers, folder, start_step)
         past = self.selections.read_text(encoding="utf-8").split("\n")[:-1] if self.selections.exists() else []
         self._history = [pictures.row(json.loads(line)) for line in past]
         self._opened = self._drawn = time.monotonic()
         self._pictured = (-1, -1)  # selections and step of the last pictures
         if (folder / "config.yaml").is_file():
             text = (folder / "config.yaml").read_text(encoding="utf-8")
-            self.board.add_text("configuration", f"```yaml\n{text}```", start_step)
+            self._text("configuration", f"```yaml\n{text}```", start_step)
         # Quiet when nobody watches: a bar in a log file is noise.
         self.bar = tqdm(
             total=max_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -78,10 +97,10 @@ class Tracker:
                 log.info(line)
 
     def text(self, tag: str, text: str) -> None:
-        """Lines for the console, and for TensorBoard's text tab, where they stay as they are."""
+        """Lines for the console and for trackers, where they stay as they are."""
         if self.active:
             self.say(text)
-            self.board.add_text(tag, f"```\n{text}\n```", self.step)
+            self._text(tag, f"```\n{text}\n```", self.step)
 
     def train(self, record: dict[str, Any]) -> None:
         """Record a log interval."""
@@ -89,25 +108,17 @@ class Tracker:
             return
         step = record["step"]
         append_record(self.metrics, {"kind": "train"} | record)
-        for name, tag in (
-            ("loss", "train/loss"),
-            ("lr", "train/learning_rate"),
-            ("grad_norm", "train/gradient_norm"),
-            ("clipped", "train/clipped"),
-            ("skipped_steps", "train/skipped_steps"),
-            ("tokens_per_second", "speed/tokens_per_second"),
-            ("examples_per_second", "speed/examples_per_second"),
-            ("padding_share", "speed/padding_share"),
-        ):
-            if record[name] is not None:
-                self.board.add_scalar(tag, record[name], step)
+        self._scalars({tag: record[name] for name, tag in TAGS.items() if record[name] is not None}, step)
         now, new = time.monotonic(), len(self._history) > self._pictured[0]
         if new and now - self._drawn >= max(PICTURE_SECONDS, PICTURE_SHARE * (now - self._opened)):
             self._draw_layers()
+        loss = f"loss {_number(record['loss'], '.4f')}"
+        self.bar.set_postfix_str("  ".join(filter(None, (loss, self._dev))), refresh=False)
+        left = (now - self._opened) / max(1, step - self.start_step) * max(0, self.max_steps - step)
         self.say(
-            f"step {step}  loss {_number(record['loss'], '.4f')}  lr {record['lr']:.2e}  "
-            f"|g| {_number(record['grad_norm'], '.2f')}  "
-            f"layers {record['layers_selected']}  {record['tokens_per_second']:.0f} tokens/s"
+            f"step {step}  {loss}  lr {record['lr']:.2e}  |g| {_number(record['grad_norm'], '.2f')}  "
+            f"layers {record['layers_selected']}  {record['tokens_per_second']:.0f} tokens/s  "
+            f"{tqdm.format_interval(left)} left{self._dev and '  '}{self._dev}"
         )
 
     def memory(self, record: dict[str, Any]) -> None:
@@ -115,8 +126,9 @@ class Tracker:
         if not self.active:
             return
         append_record(self.metrics, {"kind": "memory"} | record)
-        for name in ("peak_memory_bytes", "optimizer_state_bytes", "parked_state_bytes"):
-            self.board.add_scalar(f"memory/{name.removesuffix('_bytes')}(MiB)", record[name] / 2**20, record["step"])
+        names = ("peak_memory_bytes", "optimizer_state_bytes", "parked_state_bytes")
+        values = {f"memory/{name.removesuffix('_bytes')}(MiB)": record[name] / 2**20 for name in names}
+        self._scalars(values, record["step"])
 
     def selection(self, record: dict[str, Any]) -> None:
         """Record a selection: scores per layer (null where unknown), selected ids, whether they changed, seconds."""
@@ -125,13 +137,12 @@ class Tracker:
         step = record["step"]
         append_record(self.selections, record)
         self._history.append(pictures.row(record))
-        for layer, score in enumerate(record["scores"] or []):
-            if score is not None:
-                self.board.add_scalar(f"layer_score/{layer:02d}", score, step)
+        scores = enumerate(record["scores"] or [])
+        values = {f"layer_score/{layer:02d}": score for layer, score in scores if score is not None}
         for layer in range(record["num_layers"]):
-            self.board.add_scalar(f"layer_trained/{layer:02d}", float(layer in record["selected"]), step)
-        self.board.add_scalar("selection/layers", len(record["selected"]), step)
-        self.board.add_scalar("selection/seconds", record["seconds"], step)
+            values[f"layer_trained/{layer:02d}"] = float(layer in record["selected"])
+        values |= {"selection/layers": len(record["selected"]), "selection/seconds": record["seconds"]}
+        self._scalars(values, step)
 
     def evaluation(
         self,
@@ -144,26 +155,29 @@ class Tracker:
         if not self.active:
             return
         append_record(self.metrics, {"kind": "eval", "step": step, "split": split} | values)
-        for name, value in values.items():
-            if isinstance(value, float) and name != "macro_f1_present":
-                self.board.add_scalar(f"{split}/{name}", value, step)
+        if split == "dev":
+            self._dev = f"dev {self._metric} {values[self._metric]:.3f}"
+        scalars = {f"{split}/{name}": value for name, value in values.items()
+                   if isinstance(value, float) and name != "macro_f1_present"}  # fmt: skip
         names, rows = list(values["per_class"]), values["per_class"].values()
+        if "macro_f1" in values:
+            scalars |= {f"{split}_f1/{name}": row["f1"] for name, row in values["per_class"].items()}
+        self._scalars(scalars, step)
         if "confusion_matrix" in values:
             self._picture(f"{split}/confusion_matrix", pictures.confusion_map(values["confusion_matrix"], names), step)
         if "macro_f1" in values:
-            for name, row in values["per_class"].items():
-                self.board.add_scalar(f"{split}_f1/{name}", row["f1"], step)
             bars = pictures.f1_bars([row["f1"] for row in rows], names, [row["examples"] for row in rows])
             self._picture(f"{split}/f1_per_class", bars, step)
         if predictions is not None:
             positives, scores = predictions.positives, predictions.probabilities
             for number, name in enumerate(names if positives is not None else ()):
-                self.board.add_pr_curve(f"{split}_pr/{name}", positives[:, number], scores[:, number], step)
+                for writer in self.writers:
+                    writer.curve(f"{split}_pr/{name}", positives[:, number], scores[:, number], step)
         shown = "  ".join(f"{words} {values[name]:.3f}" for name, words in self.headline.items())
         self.say(f"step {step}  {split}: {shown}  loss {values['loss']:.4f}")
 
     def outcome(self, config: Config, results: dict[str, Any]) -> None:
-        """Fill the hparams tab: what was chosen, and the metrics of the best weights as results.json has them."""
+        """What was chosen, and the metrics of the best weights as results.json has them."""
         if not self.active:
             return
         final = {
@@ -172,19 +186,16 @@ class Tracker:
             for name in self.headline
             if split in results
         }
-        # Not add_hparams: it opens a run of its own, beside this one's curves.
-        writer: Any = self.board.file_writer
-        for summary in hparams(_choices(config, results), final):
-            writer.add_summary(summary, results["steps"])
-        for tag, value in final.items():
-            self.board.add_scalar(tag, value, results["steps"])
+        for writer in self.writers:
+            writer.outcome(_choices(config, results), final, results["steps"])
 
     def close(self) -> None:
         """Draw the last pictures, flush and close."""
         if self.active:
             self.bar.close()
             self._draw_layers()
-            self.board.close()
+            for writer in self.writers:
+                writer.close()
 
     def _draw_layers(self) -> None:
         """Pictures of scores and trained layers, unless nothing happened since the last ones."""
@@ -199,11 +210,21 @@ class Tracker:
         self._drawn, self._pictured = time.monotonic(), state
 
     def _picture(self, tag: str, figure: Any, step: int) -> None:
-        self.board.add_image(tag, pictures.rgb(figure), step, dataformats="HWC")
+        image = pictures.rgb(figure)
+        for writer in self.writers:
+            writer.picture(tag, image, step)
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        for writer in self.writers:
+            writer.scalars(values, step)
+
+    def _text(self, tag: str, text: str, step: int) -> None:
+        for writer in self.writers:
+            writer.text(tag, text, step)
 
 
 def _choices(config: Config, results: dict[str, Any]) -> dict[str, str | float]:
-    """The columns of the hparams tab, by the names of the options where there is one."""
+    """The columns of TensorBoard's hparams tab, by the names of the options where there is one."""
     optim, tuning = config.optim, config.tuning
     return {
         "model": Path(config.model.name_or_path).name,

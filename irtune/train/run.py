@@ -21,6 +21,7 @@ from irtune.memory import compare, describe
 from irtune.models.kernels import add_fused_kernels, compile_layers
 from irtune.redaction import redact
 from irtune.tracking.tracker import Tracker
+from irtune.tracking.writers import check_installed
 from irtune.train.checkpoint import find_damage
 from irtune.train.failures import as_user_error, stop_within, tell_the_others
 from irtune.train.layer_selection import LayerSelection
@@ -46,6 +47,7 @@ def run(config: Config) -> dict[str, Any] | None:
     console.let_speak(sys.stdout, is_main=world.is_main)
     console.quiet_libraries()
     console.quiet_transformers()
+    check_installed(config.run.trackers)
     settings = engine_settings(config, world)
     runtime.start(world, config.run.timeout_seconds)
     failure: BaseException | None = None
@@ -119,6 +121,8 @@ def build(setup: RunSetup, world: World, folder: Path) -> Trainer:
         max_steps=data.max_steps,
         score=config.tuning.score,
         task=data.corpus.task,
+        trackers=config.run.trackers,
+        metric=config.run.best_metric,
     )
     layers = LayerSelection(
         config.tuning, setup.method, engine=engine, progress=progress, tracker=tracker, max_steps=data.max_steps

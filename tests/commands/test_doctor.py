@@ -37,6 +37,20 @@ def test_what_is_wrong_is_said(capsys, monkeypatch):
     assert "--ranks: '0'; accepted: a whole number from 1 to 1,024" in capsys.readouterr().err
 
 
+@pytest.mark.quick
+def test_what_a_recipe_should_say_on_this_machine(capsys):
+    old, new, large = (16 * 2**30, False), (24 * 2**30, True), (80 * 2**30, True)
+    assert doctor.suggestions([], {"avx2"})[1] == "model.dtype float32: this processor does not compute in bfloat16"
+    assert len(doctor.suggestions([], {"avx2", "amx_bf16"})) == len(doctor.suggestions([], ())) == 1
+    float16, small = doctor.suggestions([old], ())
+    assert float16.startswith("model.dtype float16") and "model.quantization nf4" in small
+    assert doctor.suggestions([new], ()) == ["8B models: model.dtype bfloat16 with model.gradient_checkpointing true"]
+    checkpointing, several = doctor.suggestions([large, large], ())
+    assert "gradient_checkpointing false" in checkpointing and "deepspeed --num_gpus 2" in several
+    cli.main(["doctor", "--ranks", "1"])
+    assert "suggestion: " in capsys.readouterr().out
+
+
 def test_it_measures_between_ranks():
     environment = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK")}
     done = subprocess.run([sys.executable, "-m", "irtune", "doctor", "--json"], capture_output=True, text=True,

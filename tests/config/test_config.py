@@ -7,7 +7,7 @@ import yaml
 
 from irtune.config import load_config, write_config
 from irtune.config.deepspeed_json import read_engine_json
-from irtune.config.schema import known_keys
+from irtune.config.keys import known_keys
 from irtune.errors import ConfigError
 from tests.support import ROOT
 

@@ -20,8 +20,8 @@ from irtune.config.declarations import (
     methods,
     read_declarations,
 )
+from irtune.config.keys import declared_limit, declared_type, known_keys, value_of
 from irtune.config.limits import Range
-from irtune.config.schema import declared_limit, declared_type, known_keys, value_of
 from irtune.errors import ConfigError
 from irtune.selection import build_chooser
 from tests.support import ROOT

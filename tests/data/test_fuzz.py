@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from irtune.config import DataConfig, load_config, write_config
-from irtune.config.schema import declared_type, known_keys
+from irtune.config.keys import declared_type, known_keys
 from irtune.data import read_corpus, read_table
 from irtune.data.readers.cells import as_label, as_name, as_text, check_looks
 from irtune.errors import ConfigError, DataError

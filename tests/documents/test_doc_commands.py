@@ -145,6 +145,11 @@ ELSEWHERE = {
     r"python -m irtune pseudo ": "tests/commands/test_pseudo.py::"
     "test_the_mean_of_the_runs_labels_and_data_pseudo_reads_it",
     r"python -m irtune doctor$": "tests/commands/test_doctor.py::test_it_measures_between_ranks",
+    r"pip install |irtune (recipes|train)\b|deepspeed .*--module irtune|torchrun .* -m irtune train": "tests/documents/"
+    "test_package.py::test_a_wheel_works_without_a_checkout",
+    r"irtune schema ": "tests/commands/test_editors.py::test_the_schema_beside_the_recipes_is_up_to_date",
+    r"irtune completion ": "tests/commands/test_editors.py::test_a_shell_completes_commands_options_and_values",
+    r"docker build ": "tests/documents/test_package.py::test_the_image_is_pinned_and_explained",
     r"(\w+=\S+ )*bash launch/multinode_deepspeed\.sh ": "tests/jobs/test_launch.py::test_two_hosts_train",
     r"(\w+=\S+ )*bash launch/torchrun_node\.sh ": "tests/jobs/test_launch.py::"
     "test_two_nodes_meet_and_a_failing_rank_is_shown",
@@ -334,7 +339,7 @@ def run_shell(workshop: Workshop, text: str) -> None:
 
 RUN: dict[str, Callable[[Workshop, str], None]] = {
     TRAIN.pattern: run_training,
-    r"python -m irtune (data stats|data baseline|validate|plan|inspect|evaluate|predict|export) ": run_irtune,
+    r"python -m irtune (data stats|data baseline|validate|plan|inspect|evaluate|predict|export|report) ": run_irtune,
     r"python -m irtune\.data\.synthetic ": run_synthetic,
     r"(RANKS=\d+ )?bash launch/local\.sh ": run_launcher,
     r"bash launch/tensorboard\.sh ": run_tensorboard,

@@ -17,9 +17,9 @@ import irtune
 from docs.make_configuration import reference
 from irtune.commands import COMMANDS
 from irtune.config.declarations import adapter_kinds, methods
+from irtune.config.keys import SECTIONS, known_keys
 from irtune.config.load import load_config
 from irtune.config.presets import MODELS
-from irtune.config.schema import SECTIONS, known_keys
 from irtune.data.corpus import SPLITS
 from irtune.data.prompts import INSTRUCTION, PAIR_SEPARATOR, TAGGED
 from irtune.data.readers.tables import SUFFIXES

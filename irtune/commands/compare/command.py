@@ -15,6 +15,7 @@ from irtune.commands.common import a_path, add_ranks, at_least, parser, show
 from irtune.commands.compare.grid import Cell, build_grid, parse_corpora, parse_variants
 from irtune.commands.compare.linear import LinearResult, linear_baseline
 from irtune.commands.compare.runs import Outcome, check_folders, run_cell
+from irtune.commands.report import write_page
 from irtune.config import load_config
 from irtune.data import read_corpus
 from irtune.files import writing
@@ -73,6 +74,11 @@ def compare(arguments: Sequence[str]) -> int:
         outcomes.append(run_cell(cell, ranks))
         log.info("  %s", _brief(outcomes[-1], task))
         write_report(outcomes, linear, folder, _notes(arguments, ranks), task)  # also when it is stopped half-way
+    finished = [outcome.cell.folder for outcome in outcomes if outcome.results is not None]
+    if finished:
+        write_page(finished, folder / "report.html")
+        link = "Every run, with curves, layers and mistakes: [report.html](report.html)"
+        write_report(outcomes, linear, folder, [*_notes(arguments, ranks), link, ""], task)
     show((folder / "compare.md").read_text(encoding="utf-8"))
     return 0
 

@@ -1,0 +1,175 @@
+"""The web application: what a request may hold, and one worker that computes those that wait together."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from irtune import __version__
+from irtune.data import Example
+from irtune.errors import IrtuneError, brief, one_line
+from irtune.evaluation.saved_run import LoadedRun
+from irtune.tasks.base import Label
+
+log = logging.getLogger("irtune")
+CHARACTERS = 1_000_000  # of a text, as in a corpus
+WAITING = 20_000  # texts that may wait; beyond that, clients are told to come later
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """texts: in a request. size: bytes of a request. batch: examples per forward pass."""
+
+    texts: int
+    size: int
+    batch: int
+
+
+class RequestError(Exception):
+    """A request that is not answered: HTTP status and a sentence."""
+
+    def __init__(self, status: int, sentence: str):
+        super().__init__(sentence)
+        self.status = status
+
+
+@dataclass
+class Batcher:
+    """Computes requests in their order, all that wait at a time, in one thread beside the one that answers."""
+
+    run: LoadedRun
+    batch: int
+    queue: asyncio.Queue = field(default_factory=asyncio.Queue)
+    waiting: int = 0  # texts, with those that are being computed
+
+    async def predict(self, examples: list[Example]) -> list[torch.Tensor]:
+        """Scores [classes] of each example."""
+        if self.waiting + len(examples) > WAITING:
+            raise RequestError(503, f"{self.waiting} texts are waiting already; try again later")
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting += len(examples)
+        await self.queue.put((examples, answer))
+        return await answer
+
+    async def work(self) -> None:
+        """Answer for ever."""
+        while True:
+            together = [await self.queue.get()]
+            while not self.queue.empty() and sum(len(examples) for examples, _ in together) < 4 * self.batch:
+                together.append(self.queue.get_nowait())
+            every = [example for examples, _ in together for example in examples]
+            try:
+                found = await asyncio.to_thread(self.run.predict, every, self.batch)
+                rows = list(found.probabilities)
+                for examples, answer in together:
+                    mine, rows = rows[: len(examples)], rows[len(examples) :]
+                    if not answer.done():  # done: its client has gone
+                        answer.set_result(mine)
+            except Exception as error:  # one that fails must not end the worker, nor leave clients waiting
+                log.exception("a batch of %d texts failed", len(every))
+                said = one_line(error) if isinstance(error, IrtuneError) else "an error in the model; see the server"
+                for _, answer in together:
+                    if not answer.done():
+                        answer.set_exception(RequestError(500, said))
+            finally:
+                self.waiting -= len(every)
+
+
+def build_app(run: LoadedRun, limits: Limits) -> FastAPI:
+    """The application of a loaded run."""
+    batcher = Batcher(run, limits.batch)
+
+    @contextlib.asynccontextmanager
+    async def working(_: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(batcher.work())
+        yield
+        worker.cancel()
+
+    # Its pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="irtune", version=__version__, lifespan=working, docs_url=None, redoc_url=None)
+
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, error.status)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "waiting": batcher.waiting}
+
+    @app.get("/")
+    async def card() -> dict[str, Any]:
+        return model_facts(run, limits)
+
+    @app.post("/predict")
+    async def predict(request: Request) -> dict[str, Any]:
+        content = await _body(request, limits.size)
+        pairs = run.config.data.after is not None
+        examples = read_examples(content, pairs=pairs, limits=limits, blank=run.task.blank)
+        return {"predictions": [run.task.written(row, run.labels) for row in await batcher.predict(examples)]}
+
+    return app
+
+
+def model_facts(run: LoadedRun, limits: Limits) -> dict[str, Any]:
+    """What the model is, how good it was, and what a request may hold."""
+    config = run.config
+    pair = config.data.after is not None
+    return {
+        "run": run.folder.resolve().name,
+        "base_model": config.model.name_or_path,
+        "adapter": config.adapter.type,
+        "task": "pairs of texts" if pair else "single texts",
+        "labels": run.labels,
+        "dev": {name: run.results["dev"].get(name) for name in (*run.task.headline, "examples")},
+        "example": {"texts": [{"before": "I has a cat.", "after": "I have a cat."} if pair else "I have a cat."]},
+        "limits": {"texts": limits.texts, "bytes": limits.size, "tokens": config.data.max_length},
+        "versions": run.results.get("versions", {}) | {"irtune_here": __version__},
+    }
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The request's content, of which no more than `most` bytes are read."""
+    content = b""
+    async for part in request.stream():
+        content += part
+        if len(content) > most:
+            raise RequestError(413, f"the request has more than {most:,} bytes; accepted: up to {most:,}")
+    return content
+
+
+def read_examples(content: bytes, *, pairs: bool, limits: Limits, blank: Label) -> list[Example]:
+    """The examples of a request, with the label `blank`.
+
+    Raises:
+        RequestError: 413 for too many texts or one that is too long, 422 for anything else that is not as it should be.
+    """
+    form = 'an object such as {"before": "...", "after": "..."}' if pairs else "a text"
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        raise RequestError(422, "the request is not JSON") from None
+    texts = found.get("texts") if isinstance(found, dict) else None
+    if not isinstance(texts, list) or not texts:
+        raise RequestError(422, 'the request must be {"texts": [...]} with at least one text')
+    if len(texts) > limits.texts:
+        raise RequestError(413, f"the request has {len(texts):,} texts; accepted: up to {limits.texts:,}")
+    examples = []
+    for number, item in enumerate(texts):
+        parts = [item]
+        if pairs:
+            parts = [item.get(name) for name in ("before", "after")] if isinstance(item, dict) else [None]
+        written: list[str] = [part for part in parts if isinstance(part, str)]
+        if len(written) < len(parts):
+            raise RequestError(422, f"texts[{number}] is {brief(item)}; accepted: {form}")
+        longest = max(map(len, written))
+        if longest > CHARACTERS:
+            raise RequestError(413, f"texts[{number}] has {longest:,} characters; accepted: up to {CHARACTERS:,}")
+        examples.append(Example(str(number), written[0], written[1] if pairs else None, blank))
+    return examples

@@ -11,6 +11,7 @@ from typing import Any
 
 from irtune.config.schema import RISKS, DataConfig
 from irtune.config.tasks import SINGLE, WORDS, task_name
+from irtune.console import quiet_transformers
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
 from irtune.errors import ConfigError
@@ -135,6 +136,7 @@ def check_single(data: DataConfig, what: str) -> None:
 @contextlib.contextmanager
 def ranks() -> Iterator[World]:
     """Join the process group, of one process or of all that a launcher started, and leave it."""
+    quiet_transformers()
     world = runtime.read_world()
     runtime.start(world, TIMEOUT_SECONDS)
     try:

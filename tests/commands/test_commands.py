@@ -301,7 +301,8 @@ def test_one_corpus_under_several_names(tmp_path, monkeypatch):
     ],
 )
 def test_columns_that_are_kept_are_counted(row, said, capsys):
-    _write(None, [(1, row)], [[0.25, 0.75]], SimpleNamespace(labels=["a", "b"]))
+    found = {"predicted": "b", "probability": 0.75, "probabilities": {"a": 0.25, "b": 0.75}}
+    _write(None, [(1, row)], [found], SimpleNamespace())
     out, err = capsys.readouterr()
     assert err.startswith(said)
     assert json.loads(out) == row | {

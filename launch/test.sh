@@ -18,13 +18,19 @@ cd "$ROOT"
 everyday=(python -m pytest -n 2 --dist loadfile -m "not slow" "$@")
 [[ $all ]] || exec "${everyday[@]}"
 
-INTERRUPTED=2 NOTHING_CHOSEN=5 # pytest's exit statuses; arguments may choose tests of one kind only
-first=0 second=0
-"${everyday[@]}" || first=$?
-[[ $first != "$INTERRUPTED" ]] || exit "$first"
-say "slow tests, one at a time: many are about time-outs"
-python -m pytest -m slow "$@" || second=$?
-if [[ ($first == 0 || $first == "$NOTHING_CHOSEN") && $second != "$NOTHING_CHOSEN" ]]; then
-    exit "$second"
-fi
-exit "$first"
+# pytest's exit statuses; arguments may choose tests of one kind only.
+INTERRUPTED=2 NOTHING_CHOSEN=5
+ran= failed=
+stage() { # WHAT COMMAND...
+    local status=0
+    say "$1"
+    "${@:2}" || status=$?
+    [[ $status != "$INTERRUPTED" ]] || exit "$status"
+    [[ $status == "$NOTHING_CHOSEN" ]] || ran=yes
+    [[ $status == 0 || $status == "$NOTHING_CHOSEN" ]] || failed=$status
+}
+stage "tests that are not slow" "${everyday[@]}"
+stage "slow tests, two files at a time" python -m pytest -n 2 --dist loadfile -m "slow and not alone" "$@"
+stage "slow tests about time-outs, one at a time" python -m pytest -m "slow and alone" "$@"
+[[ $ran ]] || exit "$NOTHING_CHOSEN"
+exit "${failed:-0}"

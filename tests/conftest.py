@@ -57,3 +57,10 @@ def real_data() -> Path:
     if folder is None:
         pytest.skip("IRTUNE_DATA is not set, so there are no real corpora to read")
     return Path(folder)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of kills, nodes and launches wait for time-outs, and benchmarks measure: they run by themselves."""
+    for item in items:
+        if item.path.parent.name in ("jobs", "benchmarks") and item.path.name != "test_simulated_matrix.py":
+            item.add_marker("alone")

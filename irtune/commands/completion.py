@@ -14,7 +14,7 @@ from irtune.config.limits import OneOf
 from irtune.config.packaged import packaged
 
 SCRIPT = """\
-# Completion of irtune, made by `irtune completion {shell}`.
+# Completion of irtune, made by `irtune completion {name}`.
 _irtune() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD - 1]}} known=
     if ((COMP_CWORD == 1)); then
@@ -65,7 +65,7 @@ def script(shell: str) -> str:
             options[name] = sorted(set(re.findall(r"^  (--[a-z_]+)", text, re.MULTILINE)))
             options[name] += trainer if "--section.key VALUE" in text else []
     return SCRIPT.format(
-        shell=shell,
+        name=shell,
         commands=" ".join(COMMANDS),
         values="\n".join(f'    {key}) known="{" ".join(names)}" ;;' for key, names in values.items()),
         options="\n".join(f'        {name}) known="{" ".join(names)}" ;;' for name, names in options.items()),

@@ -80,7 +80,7 @@ def _check_data(config: Config) -> list[str]:
     if data.weight is not None and data.weight in columns:
         problems.append(f"data.weight is {data.weight!r}, a column that is a text or the label already")
     if data.template is not None:
-        if data.prompt != DataConfig.prompt:
+        if data.prompt not in (DataConfig.prompt, "tagged"):  # the default, and what it was when older runs were made
             problems.append(f"data.template takes the place of data.prompt {data.prompt}; remove one of the two")
         problems += template_problems(data.template, pair=data.after is not None)
     return problems

@@ -127,9 +127,9 @@ def test_what_a_model_cannot_have_is_refused(llama):
     with pytest.raises(
         ConfigError, match=r"model.pooling mean\+edit reads the marked edits, and data.prompt tagged marks"
     ):
-        load_config(["--data.path=x", "--model.pooling=mean+edit"])
+        load_config(["--data.path=x", "--data.prompt=tagged", "--model.pooling=mean+edit"])
     with pytest.raises(ConfigError, match=r"model.head mlp goes with every model.pooling but class"):
-        load_config(["--data.path=x", "--model.head=mlp"])
+        load_config(["--data.path=x", "--data.prompt=tagged", "--model.head=mlp"])
 
 
 @pytest.mark.quick

@@ -349,7 +349,7 @@ MULTI, VALUE = "--data.multi_label=true", "--data.task=regression"
         ([MULTI, "--data.label_separator="], "data.label_separator is ''"),
         (["--optim.positive_weight=false"], "optim.positive_weight false goes with data.multi_label"),
         (["--run.best_metric=jaccard"], "run.best_metric jaccard is not a metric of one label per example"),
-        (["--adapter.prompt_lr=300"], "adapter.prompt_lr goes with adapter.type prompt, not lora"),
+        (["--adapter.prompt_lr=300"], "adapter.prompt_lr goes with adapter.type dept or ept or prompt, not lora"),
     ],
 )
 def test_keys_that_do_not_go_with_a_task_are_named(options, said):

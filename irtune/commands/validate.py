@@ -21,6 +21,7 @@ from irtune.distributed.runtime import read_world
 from irtune.engine.deepspeed_private import unknown_zero_keys
 from irtune.engine.losses import class_weights
 from irtune.errors import ConfigError, IrtuneError
+from irtune.evaluation.round_trip import check_round_trip
 from irtune.evaluation.saved_run import check_will_load
 from irtune.evaluation.start import start_from
 from irtune.memory import describe, estimate_memory, shortage
@@ -35,6 +36,7 @@ from irtune.tracking.writers import check_installed
 
 SHOWN = 3
 RARE = 20
+LOADED_AGAIN = 2  # texts whose logits must be the same after what a run writes is loaded again
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -168,6 +170,7 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     check_will_load(model)
     if config.model.start_from is not None:
         start_from(config.model.start_from, model, table, config.adapter, corpus.labels)
+    check_round_trip(config, model, table, classifier, corpus.labels, encoded["train"][:LOADED_AGAIN])
 
 
 def _label_counts(corpus: Corpus) -> Counter[str]:

@@ -1,6 +1,5 @@
 """train.py as a user meets it: exit statuses, one message, no traceback."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support import ROOT
 from tests.support.tiny import engine_json
@@ -81,8 +81,8 @@ def test_a_hub_model_in_the_cache_works_with_the_network_off(llama, corpus, tmp_
     offline = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = start(*options, **offline)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == "nobody/tiny"
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["model"]["name_or_path"] == "nobody/tiny"
     options[options.index("nobody/tiny")] = "nobody/else"
     done = start(*options, "--run.output_dir", str(tmp_path / "other"), HF_HUB_OFFLINE="1", **offline)
     assert done.returncode == 2

@@ -150,7 +150,7 @@ class Peft:
         self.dev = self._dataset(setup, "dev")
         self.trainer.side = self
         self.taken: list[list[list[int]]] = []
-        self.epoch = self._epoch(optim.micro_batch_size, world.size * optim.gradient_accumulation_steps)
+        self.whole_epoch = self._epoch(optim.micro_batch_size, world.size * optim.gradient_accumulation_steps)
 
     @property
     def model(self) -> nn.Module:
@@ -170,7 +170,7 @@ class Peft:
 
     def turn(self, warm_up: int, steps: int, *, digests: bool = False) -> Turn:
         """Train `warm_up` + `steps` steps."""
-        self.taken = chosen_steps(self.epoch, self.lengths, warm_up, steps, self.turns)
+        self.taken = chosen_steps(self.whole_epoch, self.lengths, warm_up, steps, self.turns)
         self.turns += 1
         seen: list[int] | None = [] if digests else None
         unwatch = watch_batches(self.trainer.model, seen)

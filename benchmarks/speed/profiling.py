@@ -22,7 +22,7 @@ def selection_cost(side: Irtune, turns: list[Turn], world: World) -> dict[str, A
     trainer, layers, sampler = side.trainer, side.trainer.layers, side.setup.data.sampler
     steps = range(trainer.progress.step + 1, trainer.progress.step + 10_000)
     due = next((step for step in steps if layers.is_due(step)), None)
-    made = sampler.taken or sampler.epoch  # with --one-at-a-time the side may be a new one that has made no steps
+    made = sampler.taken or sampler.whole_epoch  # with --one-at-a-time the side may be a new one that has made no steps
     batches = sorted((batches[world.rank] for batches in made), key=lambda b: max(sampler.lengths[i] for i in b))
     batch = side.setup.data.batch(batches[len(batches) // 2])
     took: dict[bool, list[float]] = {False: [], True: []}

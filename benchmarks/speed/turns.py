@@ -145,14 +145,14 @@ class ChosenSteps:
 
     def __init__(self, sampler: BatchSampler):
         self.sampler, self.taken = sampler, []
-        self.epoch = [sampler.step(step) for step in range(sampler.steps_per_epoch)]
+        self.whole_epoch = [sampler.step(step) for step in range(sampler.steps_per_epoch)]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)
 
     def add_turn(self, warm_up: int, steps: int, turn: int) -> list[Batches]:
         """Choose the steps of another turn; returns its steps."""
-        new = chosen_steps(self.epoch, self.sampler.lengths, warm_up, steps, turn)
+        new = chosen_steps(self.whole_epoch, self.sampler.lengths, warm_up, steps, turn)
         self.taken += new
         return new
 

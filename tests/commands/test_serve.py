@@ -139,8 +139,12 @@ def test_a_port_that_is_taken_and_packages_that_are_missing_are_said(tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_run_is_served_as_predict_would_label(base, tmp_path):
-    command = [sys.executable, "-m", "irtune", "serve", "--run", str(base), "--port", "0"]
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_is_served_as_predict_would_label(base, tmp_path, ending):
+    # A shell in the background makes its children ignore SIGINT; then nothing would be seen of what a terminal does.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom irtune.cli import main\n"
+    code += "sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "serve", "--run", str(base), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             port = int(process.stdout.readline().split("127.0.0.1:")[1].split()[0])
@@ -149,7 +153,7 @@ def test_a_run_is_served_as_predict_would_label(base, tmp_path):
                 found = list(clients.map(lambda row: ask(port, "/predict", {"texts": [row]}), rows))
             together = ask(port, "/predict", {"texts": rows})[1]["predictions"]
         finally:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(ending)
         assert process.wait(60) == 0
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,9 +1,11 @@
 """Load the run, open the port, serve until a signal."""
 
 import importlib.util
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from irtune import __version__
 from irtune.commands.common import add_run, at_least, parser, ranks, show, trusted
@@ -53,8 +55,20 @@ def main(arguments: Sequence[str]) -> int:
             sys.stderr.write(f"listening on {given.host}: whoever reaches this machine can use it, without a login\n")
         show(f"serving {given.run} on http://{given.host}:{listening.getsockname()[1]} (Ctrl-C ends it)")
         sys.stdout.flush()
-        server.run(sockets=[listening])
+        with _signals_only_end_it():
+            server.run(sockets=[listening])
     return 0
+
+
+@contextmanager
+def _signals_only_end_it() -> Iterator[None]:
+    """uvicorn ends at SIGINT or SIGTERM and then raises the signal again: to be asked to end is no failure here."""
+    handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -50,6 +50,12 @@ def class_balanced_weights(counts: Sequence[int], beta: float) -> torch.Tensor:
     return (weights * known.sum() / (weights * known).sum()).float()
 
 
+def logit_adjustment(tau: float, counts: Sequence[int]) -> torch.Tensor:
+    """-tau log(share of the training examples), fp32 [classes] (Menon et al., ICLR 2021, eq. 9)."""
+    known = torch.tensor([max(1, count) for count in counts], dtype=torch.float32)
+    return -tau * (known / known.sum()).log()
+
+
 def class_weights(optim: OptimConfig, labels: Sequence[str]) -> list[float] | None:
     """`optim.class_weights` in the order of `labels`; a label that a map does not name has 1.
 

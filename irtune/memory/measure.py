@@ -1,9 +1,11 @@
 """What a run needed, measured: peaks of the process, and bytes of live tensors counted one by one."""
 
+import contextlib
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,12 +13,33 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_before: dict[str, int] = {}  # peaks before something that does not count, "cuda" and "host"
+RESET_PEAK = Path(
+    "/proc/self/clear_refs"
+)  # of Linux; "5" makes what is resident now the peak, see man proc_pid_clear_refs
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Highest memory of this process so far: allocated on the GPU, or resident in the host for a CPU run."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return max(_before.get("cuda", 0), int(torch.cuda.max_memory_allocated(device)))
     return peak_host_memory_bytes()
+
+
+@contextlib.contextmanager
+def uncounted(device: torch.device) -> Iterator[None]:
+    """Memory that is used inside does not count as a peak; in the host, only where Linux lets peaks be reset."""
+    if device.type == "cuda":
+        _before["cuda"] = peak_memory_bytes(device)
+    host = peak_host_memory_bytes()
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with contextlib.suppress(OSError):
+            RESET_PEAK.write_text("5")
+            _before["host"] = host
 
 
 def device_memory_bytes(device: torch.device) -> int | None:
@@ -27,7 +50,7 @@ def device_memory_bytes(device: torch.device) -> int | None:
 def peak_host_memory_bytes() -> int:
     """Highest resident host memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+    return max(_before.get("host", 0), peak if sys.platform == "darwin" else peak * 1024)  # kilobytes on Linux
 
 
 def host_memory_bytes() -> int:

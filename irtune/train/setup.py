@@ -145,9 +145,6 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         if guard is not None:
             guard.check(module, table, config.adapter)
         check_will_load(module)
-        log.info(
-            "`python -m irtune validate` also tries whether what a run writes can be loaded: it loads the base twice"
-        )
         _check_training(config, module, table, len(corpus.labels))
         traits, suppresses = adapter_traits(config.adapter), methods()[config.tuning.method].suppresses
         # A checkpoint overwrites all of it, but for the start that suppression goes back to.

@@ -13,6 +13,7 @@ from irtune.config import Config
 from irtune.config.warmup import warmup_length
 from irtune.distributed import runtime
 from irtune.engine import Engine
+from irtune.engine.losses import logit_adjustment
 from irtune.errors import StoppedError, TrainingError
 from irtune.evaluation.metrics import Predictions, metrics
 from irtune.files import writing
@@ -22,6 +23,7 @@ from irtune.tracking.records import write_predictions
 from irtune.tracking.tracker import Tracker
 from irtune.train.checkpoint import OPTIMIZER, Checkpoints, mean_weights, read_tensors, versions
 from irtune.train.collapse import collapse
+from irtune.train.first_adapter import check_what_is_written
 from irtune.train.layer_selection import LayerSelection
 from irtune.train.learning_rate import learning_rate
 from irtune.train.nonfinite import find_origin
@@ -55,7 +57,7 @@ class Trainer:
         self._began = time.perf_counter()
         self._saved_step = -1
         self._since: float | None = None  # when training went on after something else
-        self._shift = _logit_adjustment(config.run.logit_adjust, data)
+        self._shift = logit_adjustment(config.run.logit_adjust, data.label_counts()).to(data.device)
         self.averaged: list[int] = []  # steps whose mean weights are the run's result, if they are
 
     # ----- the story -----
@@ -263,7 +265,7 @@ class Trainer:
         runtime.doing(f"evaluation after step {step}, in batches of {size}")
         predictions = self.predict("dev")
         values = metrics(predictions, self.data.corpus.labels)
-        self._last = (self.progress.step, predictions)
+        first, self._last = self._last is None, (self.progress.step, predictions)
         collapsed = collapse(predictions, self.data.corpus.labels, self.config)
         if collapsed is not None:
             self.tracker.say(f"step {step}: {collapsed}")
@@ -278,6 +280,8 @@ class Trainer:
         every = self.config.run.save_every
         if best or not every or self.progress.step % every == 0 or self._is_over():
             self._save(best=best)
+        if first:
+            check_what_is_written(self.config, self.engine, self.data, self._saved_layers())
         self._mark = self._since = time.perf_counter()  # speed is that of training
 
     def _value(self, values: dict[str, Any]) -> float:
@@ -391,9 +395,3 @@ class Trainer:
                 RunFacts.of(self.config),
             )
         return results | predictions["dev"].task.recorded(self.data.corpus.labels)
-
-
-def _logit_adjustment(tau: float, data: TrainingData) -> torch.Tensor:
-    """-tau log(share of the training split), fp32 [classes] (Menon et al., ICLR 2021, eq. 9)."""
-    counts = torch.tensor([max(1, count) for count in data.label_counts()], dtype=torch.float32, device=data.device)
-    return -tau * (counts / counts.sum()).log()

@@ -16,6 +16,7 @@ from irtune.errors import IrtuneError
 from irtune.tracking import pictures
 from irtune.tracking.tracker import Tracker
 from irtune.train import setup as prepare
+from irtune.train import trainer
 from irtune.train.run import run
 from tests.support.ranks import run_ranks
 
@@ -24,12 +25,13 @@ FIGURES = ("score_map", "trained_map", "share_bars", "confusion_map", "f1_bars")
 
 @contextlib.contextmanager
 def bare() -> Iterator[None]:
-    """Inside, runs make no memory plan and draw no pictures, which take a third of a short run.
+    """Inside, runs make no memory plan, draw no pictures and do not load what they write: half of a short run.
 
-    Those are tested in test_planner.py, test_tensorboard.py, and with the fixture `base`.
+    Those are tested in test_planner.py, test_tensorboard.py and test_first_adapter.py, and with the fixture `base`.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "estimate_memory", lambda *_, **__: None)
+        patch.setattr(trainer, "check_what_is_written", lambda *_: None)
         patch.setattr(Tracker, "_picture", lambda *_: None)
         for name in FIGURES:
             patch.setattr(pictures, name, lambda *_, **__: None)

@@ -93,8 +93,10 @@ def test_a_token_without_a_row_is_named(models, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     classifier = load(tmp_path / "model")
     check_tokens(classifier, [TEXTS])
-    with pytest.raises(ModelError, match=r"token 200 \('<new>'\), but .* for 200 tokens; .* resize_token_embeddings"):
-        check_tokens(classifier, [TEXTS, [{"input_ids": [5, 200]}]])
+    rows = zoo.VOCABULARY
+    wanted = rf"token {rows} \('<new>'\), but .* for {rows} tokens; .* resize_token_embeddings"
+    with pytest.raises(ModelError, match=wanted):
+        check_tokens(classifier, [TEXTS, [{"input_ids": [5, rows]}]])
 
 
 def test_settings_inside_of_settings_are_read(models):

@@ -17,9 +17,11 @@ from irtune.commands import export
 from irtune.config import AdapterConfig, ModelConfig, load_config
 from irtune.data import Encoder, collate, read_corpus
 from irtune.errors import ConfigError, ModelError
+from irtune.evaluation.saved_run import load_run
 from irtune.models import load_classifier
 from tests.support import ROOT, tiny, zoo
-from tests.support.runs import launch
+from tests.support.ranks import run_cases
+from tests.support.runs import launch, train
 
 REFUSED = {("t5", "float32"), ("t5", "bfloat16"), ("xlnet", "bfloat16")}
 QUICK = [("bloom", "bfloat16"), ("mpnet", "bfloat16"), ("xlnet", "float32")]
@@ -106,6 +108,35 @@ def test_runs_are_the_same_in_plain_transformers_and_peft(box, name, dtype, tmp_
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert merged.config.problem_type == "single_label_classification"
     same(in_plain_libraries(merged, run), wanted, dtype, routed=routed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_input_that_pairs_have_by_default_comes_back_from_exports(box, tmp_path, dtype):
+    """diff and mean+edit, whose head plain peft does not have: read by irtune, from the adapter and merged."""
+    names = [name for name in zoo.ZOO if (name, dtype) not in REFUSED]
+    if dtype == "bfloat16":  # what rounds differently is the base, whatever reads it
+        names = ["gemma2", "mpnet", "qwen2"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    configs = [
+        tiny.tiny_config(zoo.build(name, box), box / "corpus", tmp_path / name / "run", model__dtype=dtype,
+                         data__prompt="diff", model__pooling="mean+edit", optim__max_steps=3, optim__lr=0.05,
+                         tuning__method="full")
+        for name in names
+    ]  # fmt: skip
+    assert run_cases(train, 1, [(config,) for config in configs]) == [[None]] * len(configs)
+    examples = read_corpus(configs[0].data).splits["dev"]
+    for name in names:
+        run = tmp_path / name / "run"
+        for options in ([], ["--merge"]):
+            folder = tmp_path / name / f"exported{len(options)}"
+            assert export.main(["--run", str(run), "--to", str(folder), *options]) == 0
+            loaded = load_run(folder, torch.device("cpu"))
+            found = loaded.predict(examples, 1).probabilities
+            wanted = own(run)
+            assert wanted.std() > 0.05, f"{name} has learned nothing"
+            same(found, wanted, dtype, routed=hasattr(loaded.classifier.model.config, "num_experts_per_tok"))
 
 
 @pytest.mark.slow

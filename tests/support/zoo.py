@@ -3,6 +3,7 @@
 python -m tests.support.zoo OUT [NAME ...]      writes OUT/NAME for each, and OUT/corpus
 """
 
+import functools
 import json
 import random
 import sys
@@ -11,13 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 WORDS = ["the", "a", "blue", "old", "stone", "house", "river", "walks", "slowly", "over", "under", "bright", "words",
          "text"]  # fmt: skip
-MARKS = ["Text", "before:", "after:", "Revision", "<", "/", ">", "new"]
-START, END, PAD, VOCABULARY = 1, 2, 3, 200
+MARKS = ["Text", "before:", "after:", "Revision", "<", "/", ">", "new", "[-", "-]", "{+", "+}"]
+START, END, PAD, VOCABULARY = 1, 2, 3, 342
 LABELS = ("style", "clarity", "fluency")
 
 _BASE = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
@@ -61,12 +62,19 @@ ZOO: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words of the corpus as tokens; ids 1, 2 and 3 are start, end and padding."""
-    known = ["<unk>", "<s>", "</s>", "<pad>", *WORDS, *MARKS]
-    vocabulary = {word: number for number, word in enumerate([*known, *(f"w{n}" for n in range(len(known), 200))])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    """A byte-level tokenizer, which all classes of models read alike; ids 1, 2 and 3 are start, end and padding."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        show_progress=False,
+    )
+    raw.train_from_iterator([" ".join(["", *WORDS, *MARKS])] * 50, trainer)
     marks = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=raw, **marks)
 

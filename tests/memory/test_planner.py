@@ -1,7 +1,6 @@
 """The plan: counted, not guessed; exact where it says so."""
 
 import json
-import logging
 import os
 import random
 import re
@@ -17,7 +16,7 @@ from irtune.config.presets import MODELS
 from irtune.distributed import runtime
 from irtune.engine.recompute import Recompute
 from irtune.errors import ModelError
-from irtune.memory import compare, count, describe, estimate, estimate_memory, shortage, state_bytes, worst_selection
+from irtune.memory import count, estimate, state_bytes, worst_selection
 from irtune.memory.measure import LiveTensors, host_memory_bytes
 from irtune.models import RunFacts, load_classifier
 from irtune.models.skeleton import SHAPES, empty_classifier
@@ -361,53 +360,3 @@ def test_the_page_shows_what_commands_print(monkeypatch, capsys):
         assert capsys.readouterr().out == output, f"docs/memory.md is out of date: {command}"
     results = json.loads((ROOT / "benchmarks" / "results" / "memory-cpu.json").read_text(encoding="utf-8"))
     assert table(results["cases"]) in page
-
-
-# ----- the plan of a run -----
-
-ZERO_2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
-
-
-@pytest.mark.quick
-def test_a_run_is_planned_in_words(llama):
-    plan = estimate_memory(config_for(llama), ZERO_2, 2, device="cpu", labels=LABELS)
-    text = describe(plan)
-    assert f"{plan.estimate.total / 2**20:,.1f} MiB" in text.splitlines()[-1]
-    assert all(name in text for name in ("ZeRO 2", "process before", "optimizer state", "activations", "parked state"))
-    assert plan.estimate.process > 100 * 2**20  # Python with torch
-    assert shortage(plan) is None  # nobody said how much there is
-    total = plan.estimate.total
-    assert "(+10%), with freed memory" in compare(plan, round(1.1 * total))
-    on_gpu = estimate_memory(config_for(llama), ZERO_2, 2, 80 * 2**30)
-    assert "process before" not in describe(on_gpu) and shortage(on_gpu) is None
-    assert compare(on_gpu, round(0.8 * on_gpu.estimate.total)).endswith("(-20%)")
-
-
-@pytest.mark.quick
-def test_a_run_that_cannot_fit_is_told_so_with_what_to_change(llama):
-    config = config_for(llama)
-    config.optim.micro_batch_size = 100_000
-    warning = shortage(estimate_memory(config, ZERO_2, 1, 8 * 2**30))
-    largest = int(warning.partition("optim.micro_batch_size ")[2].split()[0])
-    assert 1000 < largest < 100_000
-    config.optim.micro_batch_size = largest
-    assert shortage(estimate_memory(config, ZERO_2, 1, 8 * 2**30)) is None
-    config.optim.micro_batch_tokens = 100_000 * config.data.max_length
-    by_tokens = shortage(estimate_memory(config, ZERO_2, 1, 8 * 2**30))
-    assert f"optim.micro_batch_tokens {largest * config.data.max_length} with more" in by_tokens
-    config.optim.micro_batch_tokens = largest * config.data.max_length
-    assert shortage(estimate_memory(config, ZERO_2, 1, 8 * 2**30)) is None
-    config.optim.micro_batch_tokens = None
-    hopeless = shortage(estimate_memory(config, ZERO_2, 1, 2**20))
-    assert "optim.micro_batch_size" not in hopeless and "model.quantization nf4" in hopeless
-
-
-@pytest.mark.quick
-def test_a_model_that_cannot_be_planned_is_no_reason_not_to_run(llama, monkeypatch, caplog):
-    def needs_values(*_, **__):
-        return bool(torch.ones(1, device="meta"))
-
-    monkeypatch.setattr("irtune.memory.meta_step._batch", needs_values)
-    with caplog.at_level(logging.WARNING, "irtune"):
-        assert estimate_memory(config_for(llama), ZERO_2, 1) is None
-    assert f"no memory plan: {llama} cannot be counted without weights (RuntimeError: " in caplog.text

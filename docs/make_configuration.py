@@ -39,6 +39,9 @@ A recipe is a YAML file with the sections below. Each key can also stand on the 
 | `--section.key VALUE` | any key; lists and maps as in YAML, for example `--data.labels "[a, b]"`; `null` for nothing |
 | `--help` | all keys with their defaults |
 
+A section `search` of a recipe holds ranges for [`irtune search`](scarce-labels.md#searching-settings); training ignores
+it.
+
 A key that does not exist, a value of the wrong type, a number out of range and settings that contradict each other are
 reported together, before anything is loaded. A run writes what it resolved to `config.yaml` in its folder, and
 `--config` reads that file again.

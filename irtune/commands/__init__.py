@@ -25,5 +25,6 @@ COMMANDS = {
     "schema": ("schema", "JSON schema of a recipe, for editors"),
     "completion": ("completion", "commands, options and their values for bash and zsh"),
     "compare": ("compare", "methods, adapters, corpora and seeds side by side"),
+    "search": ("search", "settings by trials: the best dev metric for the least cost"),
     "crossvalidate": ("crossvalidate", "stratified k-fold training on a small corpus"),
 }

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 from irtune.commands.common import parser, show
 from irtune.config.keys import SECTIONS, declared_limit, declared_type, known_keys, value_of
 from irtune.config.limits import OneOf, Range
+from irtune.config.load import SEARCH
 from irtune.config.load import parser as trainer_options
 from irtune.config.presets import MODELS
 from irtune.config.schema import Config
@@ -41,6 +42,13 @@ def recipe_schema() -> dict[str, Any]:
         (properties[section]["properties"] if section else properties)[name] = {
             **_values(key), "description": " ".join(str(said[key]).split()), "default": value_of(default, key),
         }  # fmt: skip
+    properties[SEARCH] = {
+        "type": "object",
+        "description": "Ranges of `irtune search` by dotted key: a list of values, {low: A, high: B, log: true} or "
+        "{subset: [...]}.",
+        "propertyNames": {"enum": known_keys()},
+        "additionalProperties": {"type": ["array", "object"]},
+    }
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "irtune recipe",

@@ -25,6 +25,7 @@ from irtune.redaction import redact, without_secrets
 
 # Written by the launchers themselves; the rank comes from the environment, so the value is not used.
 LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
+SEARCH = "search"  # the section with the ranges of `irtune search`, which reads it itself
 
 
 @functools.cache
@@ -62,8 +63,8 @@ def load_config(arguments: Sequence[str]) -> Config:
     problems: list[str] = []
     file, overrides = _split_arguments(arguments, problems)
     values = _read_yaml(file, problems) if file is not None else {}
-    checked = _typed(values, f"{file}: ", problems, from_command_line=False)
-    checked |= _typed(overrides, "", problems, from_command_line=True)
+    checked = typed(values, f"{file}: ", problems, from_command_line=False)
+    checked |= typed(overrides, "", problems, from_command_line=True)
     if checked.get("optim.warmup_fraction") is not None:
         checked = {"optim.warmup_steps": 0} | checked  # in place of the default; a number beside it is a contradiction
     if checked.get("data.template") is not None:
@@ -122,6 +123,8 @@ def _read_yaml(file: str, problems: list[str]) -> dict[str, Any]:
         return {}
     flat: dict[str, Any] = {}
     for name, value in content.items():
+        if name == SEARCH:
+            continue
         if isinstance(name, str) and name in SECTIONS and isinstance(value, dict):
             flat |= {f"{name}.{key}": item for key, item in value.items()}
         elif name in SECTIONS and value is not None:
@@ -131,8 +134,10 @@ def _read_yaml(file: str, problems: list[str]) -> dict[str, Any]:
     return flat
 
 
-def _typed(values: dict[str, Any], where: str, problems: list[str], *, from_command_line: bool) -> dict[str, Any]:
-    """Check each key and value on its own, so that one bad value does not hide the next."""
+def typed(values: dict[str, Any], where: str, problems: list[str], *, from_command_line: bool) -> dict[str, Any]:
+    """The values of dotted keys by their declared types. Each is checked on its own, so that one bad value does not
+    hide the next; what is wrong goes into `problems`, behind `where`.
+    """
     good: dict[str, Any] = {}
     keys = known_keys()
     for key, value in values.items():

@@ -156,6 +156,11 @@ class DataConfig:
     example, or as near as documents that stay whole allow. null: such a corpus is an error."""
     fold: Annotated[str | None, FOLD] = None
     """K/N, for example 2/5: train and dev split are joined and cut into N folds, of which the K-th is the dev split."""
+    train_fraction: Annotated[float, Range(0.0, 1.0, above=True)] = 1.0
+    """Share of each label's training rows that is kept, at least one; what a smaller share keeps is in every larger
+    one. Dev and test stay whole, and so does the list of labels."""
+    subset_seed: int = 0
+    """Seed of train_fraction, apart from run.seed and split_seed."""
     split_seed: int = 0
     """Seed of dev_fraction and fold, apart from run.seed, so that runs with other seeds see the same splits."""
     labels: list[str] | dict[str, str] | None = None
@@ -327,6 +332,8 @@ class RunConfig:
     thresholds: Literal["fixed", "tuned"] = "fixed"
     """With data.multi_label, a label is predicted where its probability is above .5, or above the threshold that gives
     it the best F1 on the dev split. results.json holds the thresholds."""
+    evaluate_test: bool = True
+    """Evaluate the test split, where there is one, once at the end. `python -m irtune search` never does."""
     average: Annotated[int, Range(0)] = 0
     """Evaluations, counted from the last, whose weights are averaged at the end. The mean is kept where best_metric on
     dev is better with it than with the best checkpoint. 0: none."""

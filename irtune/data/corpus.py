@@ -9,7 +9,7 @@ from pathlib import Path
 
 from irtune.config.labels import canonical
 from irtune.config.schema import DataConfig
-from irtune.data.held_out import draw_share, fold_of
+from irtune.data.held_out import draw_share, fold_of, nested_subset
 from irtune.data.readers.cells import by_number, check_looks
 from irtune.data.readers.hub import hub_rows, hub_splits
 from irtune.data.readers.layouts import SPLITS, find_files
@@ -67,6 +67,11 @@ def read_corpus(data: DataConfig) -> Corpus:
         tables |= _held_out(tables, data)
     labels = _label_names(tables, data)
     index = {label: position for position, label in enumerate(labels)}
+    if data.train_fraction < 1:
+        where, records = tables["train"]
+        strata = task_of(data).strata([record.label for record in records])
+        kept = nested_subset(strata, data.train_fraction, data.subset_seed)
+        tables["train"] = (where, [record for record, keep in zip(records, kept) if keep])
     splits = {split: _examples(records, split, where, data, index) for split, (where, records) in tables.items()}
     if not any(example.weight for example in splits["train"]):
         place = f"{tables['train'][0]}: every weight in column {data.weight!r}"

@@ -1,4 +1,6 @@
-"""Development splits that a corpus does not bring: a share of the training split, or one of N folds."""
+"""Development splits that a corpus does not bring, a share of the training split or one of N folds, and smaller
+training splits.
+"""
 
 import random
 import warnings
@@ -167,3 +169,25 @@ def _iteratively_stratified(
             fold[group] = best
             lacking[best] -= counts[group]
     return fold[place]
+
+
+def nested_subset(labels: Labels, share: float, seed: int) -> list[bool]:
+    """Whether each example is in the subset of a `share` of each label's examples; smaller shares are in larger ones.
+
+    Of n examples with one label, round(share n) are kept. Of examples with several, each set of labels has its share
+    on average. Every label keeps at least one example.
+    """
+    sets = _sets(labels)
+    order = list(range(len(sets)))
+    random.Random(f"subset/{seed}").shuffle(order)
+    sizes, seen, covered = Counter(sets), Counter[tuple[str, ...]](), set[str]()
+    single = all(len(found) == 1 for found in sets)
+    kept = [False] * len(sets)
+    for i in order:
+        found = sets[i]
+        start = 0.5 if single else random.Random(f"subset/{seed}/{found}").random()
+        first = not covered.issuperset(found)
+        kept[i] = first or (seen[found] + start) / sizes[found] < share
+        seen[found] += 1
+        covered.update(found)
+    return kept

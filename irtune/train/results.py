@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from irtune import __version__
+from irtune.adapters.table import Named
 from irtune.data import corpus_digest
 from irtune.distributed import runtime
 from irtune.distributed.runtime import World
@@ -17,7 +18,7 @@ def announce(trainer: Trainer, world: World) -> None:
     """Say what is about to happen, with the batch arithmetic."""
     config, table, data = trainer.config, trainer.engine.table, trainer.data
     optim = config.optim
-    layer = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in table.layers[0])
+    layer = _size(table.layers[0])
     size = f"{optim.micro_batch_tokens} tokens" if optim.micro_batch_tokens else f"{optim.micro_batch_size} examples"
     sizes = ", ".join(f"{split} {len(examples)}" for split, examples in data.corpus.splits.items())
     trainer.tracker.say(
@@ -29,6 +30,18 @@ def announce(trainer: Trainer, world: World) -> None:
         f"{data.sampler.examples_per_step:,} examples per step, "
         f"{data.max_steps} steps ({data.sampler.steps_per_epoch} per epoch)"
     )
+
+
+def _size(named: Named) -> int:
+    """Elements of parameters, of partitioned ones too."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for _, parameter in named)
+
+
+def _trained_parameters(trainer: Trainer) -> float:
+    """Parameters that an optimizer step trains, head included; the mean over the steps where layers change."""
+    progress, table = trainer.progress, trainer.engine.table
+    layers = sum(count * _size(layer) for count, layer in zip(progress.trained_steps, table.layers))
+    return _size(table.head) + layers / max(1, progress.step)
 
 
 def collect_results(trainer: Trainer, metrics: dict[str, Any], world: World) -> dict[str, Any]:
@@ -54,6 +67,7 @@ def collect_results(trainer: Trainer, metrics: dict[str, Any], world: World) -> 
         "layers_trained_per_step": sum(progress.trained_steps) / max(1, progress.step),
         "layers_ever_trained": sum(count > 0 for count in progress.trained_steps),
         "steps_per_layer": progress.trained_steps,
+        "trained_parameters_per_step": _trained_parameters(trainer),
         "peak_memory_bytes": int(peaks[0]),
         "peak_host_memory_bytes": int(peaks[1]),
         "optimizer_state_bytes": engine.optimizer_state_bytes(),

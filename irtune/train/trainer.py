@@ -369,7 +369,7 @@ class Trainer:
             self._load([self.progress.best_step])
             self._last = (self.progress.best_step, self.predict("dev"))
         predictions = {"dev": self._average(self._last[1])}
-        if "test" in self.data.corpus.splits:
+        if "test" in self.data.corpus.splits and self.config.run.evaluate_test:
             predictions["test"] = replace(self.predict("test"), task=predictions["dev"].task)
         results = {split: metrics(values, self.data.corpus.labels) for split, values in predictions.items()}
         if "test" in results:

@@ -8,8 +8,10 @@ import pytest
 from sklearn.metrics import f1_score
 
 from irtune.cli import main
-from irtune.commands.compare.grid import build_grid, parse_corpora, parse_variants
-from irtune.commands.compare.linear import changed_words, linear_baseline
+from irtune.commands.compare.command import write_report
+from irtune.commands.compare.grid import build_grid, parse_corpora, parse_fractions, parse_variants
+from irtune.commands.compare.linear import LinearResult, changed_words, linear_baseline
+from irtune.commands.compare.runs import Outcome
 from irtune.config import DataConfig
 from irtune.data import Example, read_corpus
 from irtune.errors import ConfigError
@@ -70,6 +72,68 @@ def test_seeds_come_round_by_round(tmp_path):
     assert [(cell.variant, cell.seed) for cell in cells] == [("full", 0), ("ir", 0), ("full", 1), ("ir", 1)]
     assert len({cell.folder for cell in cells}) == 4
     assert all("--optim.max_steps=3" in cell.arguments for cell in cells)
+
+
+@pytest.mark.quick
+def test_fractions_are_shares_of_the_training_rows(capsys):
+    assert parse_fractions("1, 0.05,.25") == [0.05, 0.25, 1]
+    with pytest.raises(ConfigError) as raised:
+        parse_fractions("0,0.5,1.5,x,nan,0.50")
+    assert raised.value.problems == [
+        *(f"--fractions: {item!r}; accepted: numbers above 0, at most 1" for item in ("0", "1.5", "x", "nan")),
+        "--fractions names 0.5 twice",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="is empty"):
+        parse_fractions("")
+    assert main(["compare", "--methods", "ir", "--fractions", "0.5", "--data.train_fraction", "0.1"]) == 2
+    assert "leave them out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def curves(tmp_path):
+    """What a comparison with fractions has once its runs are there: .1 and all of 200 rows, two seeds."""
+    cells = build_grid(
+        variants=parse_variants("rst,ir"), adapters=[None], corpora=parse_corpora("/some/folder"), seeds=2,
+        budget="2", folder=tmp_path, arguments=[], fractions=[0.1, 1.0],
+    )  # fmt: skip
+    bytes_of = {"mean": 1, "max": 2}
+    outcomes = []
+    for cell in cells:
+        share = cell.fraction + 0.1 * (cell.variant == "ir") + 0.02 * cell.seed
+        metrics = dict.fromkeys(("accuracy", "macro_f1", "auprc"), share / 2)
+        results = {"dev": metrics, "layers_trained_per_step": 2, "layers_ever_trained": 3, "wall_seconds": 1.0,
+                   "examples_per_second": 1.0, "optimizer_state_bytes_at_selections": bytes_of,
+                   "peak_memory_bytes": 1}  # fmt: skip
+        cell.folder.mkdir(parents=True)
+        line = json.dumps({"kind": "train", "seconds": 1.0, "loss": 1.0}) + "\n"
+        (cell.folder / "metrics.jsonl").write_text(line)
+        outcomes.append(Outcome(cell, results))
+    fits = [LinearResult({"dev": dict.fromkeys(metrics, value)}, {}, 1.0, 20) for value in (0.2, 0.4)]
+    return cells, outcomes, {("folder", 0.1): fits, ("folder", 1.0): [LinearResult({"dev": metrics}, {}, 1.0, 200)]}
+
+
+@pytest.mark.quick
+def test_a_learning_curve_has_the_same_rows_for_every_method_and_others_for_every_seed(curves, tmp_path):
+    cells, outcomes, linear = curves
+    assert len({cell.folder for cell in cells}) == len(cells) == 8
+    for cell in cells:
+        assert f"--data.train_fraction={cell.fraction:g}" in cell.arguments
+        assert f"--data.subset_seed={cell.seed}" in cell.arguments
+    write_report(outcomes, linear, tmp_path, [])
+    rows = list(csv.DictReader((tmp_path / "compare.csv").open()))
+    assert [(row["fraction"], row["train_rows"], row["method"]) for row in rows] == [
+        (fraction, size, method) for fraction, size in (("0.1", "20"), ("1.0", "200"))
+        for method in ("linear baseline", "rst", "ir")
+    ]  # fmt: skip
+    line, _, ir = rows[:3]
+    assert float(line["dev_macro_f1"]) == pytest.approx(0.3) and float(line["dev_macro_f1_sd"]) == pytest.approx(
+        0.1 * 2**0.5
+    )
+    assert float(ir["dev_macro_f1"]) == pytest.approx(0.105) and float(ir["dev_macro_f1_sd"]) == pytest.approx(
+        0.01 / 2**0.5
+    )
+    assert "| folder | 20 |  | linear baseline | 2 | 0.300 ± 0.141 |" in (tmp_path / "compare.md").read_text()
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.quick

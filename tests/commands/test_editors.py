@@ -34,7 +34,7 @@ def test_the_schema_beside_the_recipes_is_up_to_date(capsys):
 
 def test_the_schema_has_every_key_with_range_default_and_help():
     schema = schema_once()
-    assert set(schema["properties"]) == {*SECTIONS, "deepspeed"} and schema["additionalProperties"] is False
+    assert set(schema["properties"]) == {*SECTIONS, "deepspeed", "search"} and schema["additionalProperties"] is False
     assert all(len(of(key)["description"]) > 5 and "default" in of(key) for key in known_keys())
     lr, eps, steps = of("optim.lr"), of("optim.eps"), of("optim.max_steps")
     assert (lr["type"], lr["exclusiveMinimum"], lr["default"]) == ("number", 0.0, 5e-4)
@@ -50,7 +50,7 @@ def test_recipes_name_the_schema_and_keep_to_it(recipe):
     assert text.splitlines()[0] == FIRST
     for section, keys in yaml.safe_load(text).items():
         for key in keys if isinstance(keys, dict) else ():
-            assert of(f"{section}.{key}")
+            assert of(key if section == "search" else f"{section}.{key}")
 
 
 def test_a_shell_completes_commands_options_and_values():

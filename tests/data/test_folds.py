@@ -9,7 +9,7 @@ import pytest
 from irtune.config import Config, DataConfig, RunConfig
 from irtune.config.checks import check_config
 from irtune.data import read_corpus
-from irtune.data.held_out import draw_share, fold_of
+from irtune.data.held_out import draw_share, fold_of, nested_subset
 from irtune.errors import DataError
 from tests.support.ranks import run_ranks
 from tests.support.runs import records, train
@@ -88,6 +88,42 @@ def test_a_label_of_a_single_document_stays_in_training(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="makes no dev split: no whole document can leave the training split"):
         read_corpus(DataConfig(path=str(tmp_path), group="doc", dev_fraction=0.5))
+
+
+@quick
+def test_smaller_training_splits_are_in_larger_ones_and_keep_every_label(tmp_path):
+    counts = {"a": 101, "b": 60, "c": 32, "once": 1}
+    rows = [{"before": f"{label} {i}", "after": "x", "label": label} for label in counts for i in range(counts[label])]
+    random.Random(0).shuffle(rows)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = read_corpus(DataConfig(path=str(tmp_path)))
+    smaller: set[str] = set()
+    for share, wanted in ((0.005, [1, 1, 1, 1]), (0.05, [5, 3, 2, 1]), (0.25, [25, 15, 8, 1]), (1.0, [101, 60, 32, 1])):
+        corpus = read_corpus(DataConfig(path=str(tmp_path), train_fraction=share))
+        found = Counter(corpus.labels[example.label] for example in corpus.splits["train"])
+        assert [found[label] for label in counts] == wanted
+        ids = [example.id for example in corpus.splits["train"]]
+        assert smaller <= set(ids) and ids == sorted(ids, key=lambda name: int(name.removeprefix("train:")))
+        assert (corpus.splits["dev"], corpus.labels) == (whole.splits["dev"], whole.labels)
+        smaller = set(ids)
+    assert corpus == whole
+    one, other = (
+        read_corpus(DataConfig(path=str(tmp_path), train_fraction=0.25, subset_seed=seed)).splits["train"]
+        for seed in (0, 1)
+    )
+    assert len(one) == len(other) and one != other
+
+
+@quick
+def test_a_subset_of_examples_with_several_labels_is_nested_and_keeps_every_label():
+    rng = random.Random(3)
+    sets = [tuple(sorted(rng.sample("abcdef", rng.choice([0, 1, 1, 2, 3])))) for _ in range(600)] + [("g", "h")]
+    small, large = (nested_subset(sets, share, 0) for share in (0.1, 0.3))
+    assert all(b for a, b in zip(small, large) if a)
+    assert 50 <= sum(small) <= 70 and 165 <= sum(large) <= 195
+    assert {label for found, kept in zip(sets, small) if kept for label in found} == set("abcdefgh")
+    assert all(nested_subset(sets, 1.0, 0))
 
 
 @quick

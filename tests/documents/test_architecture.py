@@ -39,7 +39,7 @@ ONLY = {
     "bitsandbytes": ("models/quantization.py",),
     "tensorboard": ("tracking/",),
     "torch.utils.tensorboard": ("tracking/",),
-    "matplotlib": ("tracking/", "commands/compare/"),
+    "matplotlib": ("tracking/", "commands/compare/", "commands/search/"),
 }
 TORCH_FREE = ("config/", "selection/methods/", "selection/split.py", "selection/chooser.py", "selection/registry.py",
               "selection/__init__.py", "errors.py", "redaction.py", "distributed/environment.py",

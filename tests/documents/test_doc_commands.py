@@ -142,6 +142,7 @@ ELSEWHERE = {
     r"python -m irtune data (terms|baseline .*--model\.head_init) ": "tests/models/test_head_words.py::"
     "test_a_run_starts_with_it_and_baseline_tells_what_it_predicts",
     r"python -m irtune data select ": "tests/commands/test_select.py::test_the_most_uncertain_come_first",
+    r"python -m irtune search ": "tests/commands/test_search.py::test_a_search_trains",
     r"python -m irtune pseudo ": "tests/commands/test_pseudo.py::"
     "test_the_mean_of_the_runs_labels_and_data_pseudo_reads_it",
     r"python -m irtune doctor$": "tests/commands/test_doctor.py::test_it_measures_between_ranks",
@@ -191,8 +192,8 @@ def check_options(text: str, folder: Path) -> None:
         corpora, adapters = parse_corpora(given.data), given.adapters.split(",") if given.adapters else [None]
         build_grid(variants=parse_variants(given.methods), adapters=adapters, corpora=corpora, seeds=given.seeds,
                    budget=given.budget, folder=folder, arguments=trainer)  # fmt: skip
-    elif " crossvalidate " in text:
-        rest = re.sub(r"--(folds|ranks|output_dir) \S+", "", text.partition(" crossvalidate ")[2])
+    elif " crossvalidate " in text or " search " in text:
+        rest = re.sub(r"--(folds|trials|ranks|output_dir) \S+", "", re.split(" crossvalidate | search ", text)[1])
         load_config(shlex.split(rest))
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from irtune.commands.common import a_path, add_ranks, at_least, parser, show
-from irtune.commands.compare.grid import Cell, build_grid, parse_corpora, parse_variants
+from irtune.commands.compare.grid import Cell, build_grid, parse_corpora, parse_fractions, parse_variants
 from irtune.commands.compare.linear import LinearResult, linear_baseline
+from irtune.commands.compare.report import Place, build_rows, write_csv, write_markdown
 from irtune.commands.compare.runs import Outcome, check_folders, run_cell
 from irtune.commands.report import write_page
 from irtune.config import load_config
 from irtune.data import read_corpus
+from irtune.errors import ConfigError
 from irtune.files import writing
 from irtune.tasks import SINGLE_LABEL, Task, task_of
 
@@ -42,6 +44,9 @@ def command_options() -> argparse.ArgumentParser:
     built.add_argument("--adapters", help="adapter types, for example lora,dora (default: the recipe's)")
     built.add_argument("--data", help="corpora as PATH or PRESET=PATH, comma-separated (default: the recipe's)")
     built.add_argument("--budget", help="layers, or a fraction of them, for every method that can keep a budget")
+    built.add_argument(
+        "--fractions", help="shares of the training rows, for example 0.05,0.1,0.25,1: learning curves instead of bars"
+    )
     add_ranks(built)
     built.add_argument("--output_dir", type=a_path, default="runs/compare", help="folder of the runs and the results")
     return built
@@ -55,6 +60,11 @@ def compare(arguments: Sequence[str]) -> int:
     """
     options, trainer = command_options().parse_known_args(list(arguments))
     folder = options.output_dir
+    fractions: list[float | None] = [None]
+    if options.fractions is not None:
+        fractions = [*parse_fractions(options.fractions)]
+        if any(option.startswith(("--data.train_fraction", "--data.subset_seed")) for option in trainer):
+            raise ConfigError("--fractions sets data.train_fraction and data.subset_seed; leave them out")
     cells = build_grid(
         variants=parse_variants(options.methods),
         adapters=options.adapters.split(",") if options.adapters else [None],
@@ -63,10 +73,11 @@ def compare(arguments: Sequence[str]) -> int:
         budget=options.budget,
         folder=folder,
         arguments=trainer,
+        fractions=fractions,
     )
     task = task_of(load_config(cells[0].arguments).data)
     check_folders(cells)
-    linear = {cell.data: _linear(cell) for cell in {cell.data: cell for cell in cells}.values()}
+    linear = _linear_baselines(cells)
     ranks = options.ranks or max(1, torch.cuda.device_count())
     outcomes: list[Outcome] = []
     for number, cell in enumerate(cells, 1):
@@ -83,9 +94,19 @@ def compare(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _linear(cell: Cell) -> LinearResult:
-    log.info("linear baseline on %s", cell.data)
-    return linear_baseline(read_corpus(load_config(cell.arguments).data))
+def _linear_baselines(cells: Sequence[Cell]) -> dict[Place, list[LinearResult]]:
+    """One fit for each corpus; for a share of its rows, one for each seed, which draws others."""
+    found: dict[Place, list[LinearResult]] = {}
+    seen = set()
+    for cell in cells:
+        data, seed = load_config(cell.arguments).data, None if cell.fraction in (None, 1) else cell.seed
+        if (cell.data, cell.fraction, seed) in seen:
+            continue
+        seen.add((cell.data, cell.fraction, seed))
+        share = "" if cell.fraction is None else f", {cell.fraction:g} of the training rows"
+        log.info("linear baseline on %s%s", cell.data, share)
+        found.setdefault((cell.data, cell.fraction), []).append(linear_baseline(read_corpus(data)))
+    return found
 
 
 def _brief(outcome: Outcome, task: Task) -> str:
@@ -99,7 +120,7 @@ def _brief(outcome: Outcome, task: Task) -> str:
 
 def write_report(
     outcomes: list[Outcome],
-    linear: dict[str, LinearResult],
+    linear: dict[Place, list[LinearResult]],
     folder: Path,
     notes: list[str],
     task: Task = SINGLE_LABEL,
@@ -107,13 +128,13 @@ def write_report(
     """Write compare.md, compare.csv and compare.png from what is known so far."""
     # Drawing needs matplotlib, which takes a second to load.
     from irtune.commands.compare.picture import draw
-    from irtune.commands.compare.report import build_rows, write_csv, write_markdown
 
     rows = build_rows(outcomes, linear, task)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(rows, folder / "compare.csv", task)
-        settings = [f"Linear baseline on {data}: {result.setting}" for data, result in linear.items()]
+        whole = {data: fits[0] for (data, _), fits in linear.items()}  # of several shares, the largest
+        settings = [f"Linear baseline on {data}: {result.setting}" for data, result in whole.items()]
         write_markdown(rows, folder / "compare.md", [*notes, *settings], task)
         draw(outcomes, rows, folder / "compare.png", task)
 

@@ -1,7 +1,9 @@
 """Which runs a comparison consists of, and the command-line arguments of each."""
 
 import hashlib
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +42,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its place in the grid, its folder, and the trainer's command line."""
+    """One run: its place in the grid, its folder, and the trainer's command line.
+
+    fraction: of the training rows, where learning curves are asked for.
+    """
 
     data: str
     adapter: str
@@ -48,11 +53,13 @@ class Cell:
     seed: int
     folder: Path
     arguments: tuple[str, ...] = field(repr=False)
+    fraction: float | None = None
 
     @property
     def title(self) -> str:
         """For people."""
-        return f"{self.data}, {self.adapter}, {self.variant}, seed {self.seed}"
+        share = "" if self.fraction is None else f", {self.fraction:g} of the training rows"
+        return f"{self.data}{share}, {self.adapter}, {self.variant}, seed {self.seed}"
 
 
 def parse_variants(text: str) -> list[Variant]:
@@ -90,6 +97,28 @@ def parse_corpora(text: str | None) -> list[Corpus]:
     return corpora
 
 
+def parse_fractions(text: str) -> list[float]:
+    """Shares of the training rows in ascending order from a comma-separated list.
+
+    Raises:
+        ConfigError: for what is not a number above 0 and at most 1, and for one that is named twice.
+    """
+    fractions, problems = [], []
+    for item in _listed(text):
+        try:
+            fraction = float(item)
+        except ValueError:
+            fraction = 0.0
+        if not 0 < fraction <= 1:
+            problems.append(f"--fractions: {item[:100]!r}; accepted: numbers above 0, at most 1")
+        elif fraction in fractions:
+            problems.append(f"--fractions names {fraction:g} twice")
+        fractions.append(fraction)
+    if problems or not fractions:
+        raise ConfigError(problems or ["--fractions is empty; for example 0.05,0.1,0.25,1"])
+    return sorted(fractions)
+
+
 def build_grid(
     *,
     variants: list[Variant],
@@ -99,27 +128,32 @@ def build_grid(
     budget: str | None,
     folder: Path,
     arguments: list[str],
+    fractions: Sequence[float | None] = (None,),
 ) -> list[Cell]:
     """Every run, seed by seed, so that a comparison that is cut short has something of everything.
+
+    With `fractions`, all methods see the same rows, and every seed draws others.
 
     Raises:
         ConfigError: with the errors of all configurations at once.
     """
     cells, problems = [], dict[str, None]()
-    for seed in range(seeds):
-        for corpus in corpora:
-            for adapter in adapters:
-                for variant in variants:
-                    place = folder / corpus.name / (adapter or "adapter") / _folder_name(variant.name) / f"seed_{seed}"
-                    own = [*corpus.arguments, *([f"--adapter.type={adapter}"] if adapter else [])]
-                    line = [*arguments, *own, *variant.arguments(budget), f"--run.seed={seed}"]
-                    line.append(f"--run.output_dir={place}")
-                    try:
-                        config = load_config(line)
-                    except ConfigError as error:
-                        problems |= dict.fromkeys(error.problems)
-                        continue
-                    cells.append(Cell(corpus.name, config.adapter.type, variant.name, seed, place, tuple(line)))
+    for seed, corpus, fraction, adapter, variant in itertools.product(
+        range(seeds), corpora, fractions, adapters, variants
+    ):
+        own, place = list(corpus.arguments), folder / corpus.name
+        if fraction is not None:
+            own += [f"--data.train_fraction={fraction:g}", f"--data.subset_seed={seed}"]
+            place /= f"fraction_{fraction:g}"
+        place = place / (adapter or "adapter") / _folder_name(variant.name) / f"seed_{seed}"
+        own += [f"--adapter.type={adapter}"] if adapter else []
+        line = [*arguments, *own, *variant.arguments(budget), f"--run.seed={seed}", f"--run.output_dir={place}"]
+        try:
+            config = load_config(line)
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+            continue
+        cells.append(Cell(corpus.name, config.adapter.type, variant.name, seed, place, tuple(line), fraction))
     if problems:
         raise ConfigError(list(problems))
     return cells

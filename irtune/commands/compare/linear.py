@@ -23,11 +23,15 @@ GRID = tuple(itertools.product((1, 2), (1.0, 10.0), (None, "balanced")))
 
 @dataclass(frozen=True)
 class LinearResult:
-    """Metrics by split, as a run's results.json has them, the setting that was chosen and the seconds of all eight."""
+    """Metrics by split, as a run's results.json has them, the setting that was chosen and the seconds of all eight.
+
+    rows: examples that it was fitted to.
+    """
 
     metrics: dict[str, dict[str, Any]]
     setting: dict[str, Any]
     seconds: float
+    rows: int = 0
 
 
 def changed_words(example: Example) -> tuple[str, str]:
@@ -50,7 +54,8 @@ def linear_baseline(corpus: Corpus) -> LinearResult:
     best = max(range(len(GRID)), key=lambda i: scores[i][task.main])
     model, matrices = fitted[best]
     results = {split: _metrics(model, matrices[split], corpus, split) for split in corpus.splits if split != "train"}
-    return LinearResult(results, dict(zip(("ngrams", "C", "class_weight"), GRID[best])), time.perf_counter() - started)
+    setting = dict(zip(("ngrams", "C", "class_weight"), GRID[best]))
+    return LinearResult(results, setting, time.perf_counter() - started, len(labels))
 
 
 def _features(words: dict[str, list[tuple[str, ...]]], longest: int) -> dict[str, csr_matrix]:

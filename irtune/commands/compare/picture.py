@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from irtune.commands.compare.report import LINEAR, Row
+from irtune.commands.compare.report import LINEAR, Row, has_curves
 from irtune.commands.compare.runs import Outcome
 from irtune.files import replacing
 from irtune.tasks import SINGLE_LABEL, Task
@@ -19,9 +19,12 @@ WINDOW = 5
 
 def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path, task: Task = SINGLE_LABEL) -> None:
     """One line of panels per corpus: loss curves on the left, the task's main metric, macro-F1 for labels, with its
-    spread over seeds on the right.
+    spread over seeds on the right. Of several shares of the training rows: the metric over their number.
     """
     words = task.headline[task.main]
+    if has_curves(rows):
+        _draw_curves(rows, file, f"dev_{task.main}", words)
+        return
     corpora = list(dict.fromkeys(row["data"] for row in rows))
     figure = Figure(figsize=(12, 4 * len(corpora)), layout="constrained")
     for data, (left, right) in zip(corpora, figure.subplots(len(corpora), 2, squeeze=False)):
@@ -32,6 +35,33 @@ def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], file: Path, task: Tas
         left.set_title(f"{data}: training loss")
         _bars(right, here, rows, colours, f"dev_{task.main}", words)
         right.set_title(f"{data}: dev {words}")
+    with replacing(file) as scratch:
+        figure.savefig(scratch, dpi=120)
+
+
+def _draw_curves(rows: Sequence[Row], file: Path, main: str, words: str) -> None:
+    """A panel per corpus, a line with error bars per method, the linear baseline dashed."""
+    corpora = list(dict.fromkeys(row["data"] for row in rows))
+    figure = Figure(figsize=(7 * len(corpora), 5), layout="constrained")
+    for data, axes in zip(corpora, figure.subplots(1, len(corpora), squeeze=False)[0]):
+        here = [row for row in rows if row["data"] == data and row.get(main) is not None]
+        for name in dict.fromkeys(_name(row["adapter"], row["method"], rows) for row in here):
+            mine = [row for row in here if _name(row["adapter"], row["method"], rows) == name]
+            style = {"color": "black", "linestyle": "--"} if name == LINEAR else {}
+            axes.errorbar(
+                [row["train_rows"] for row in mine],
+                [row[main] for row in mine],
+                yerr=[row.get(f"{main}_sd") or 0.0 for row in mine],
+                marker="o", markersize=4, capsize=3, linewidth=1.5, label=name, **style,
+            )  # fmt: skip
+        sizes = sorted({row["train_rows"] for row in here})
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_xlabel("training rows")
+        axes.set_ylabel(f"dev {words} (mean and standard deviation over seeds)")
+        axes.set_title(data)
+        axes.legend(fontsize="small")
     with replacing(file) as scratch:
         figure.savefig(scratch, dpi=120)
 

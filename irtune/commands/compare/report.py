@@ -18,39 +18,61 @@ from irtune.tasks import SINGLE_LABEL, Task
 LINEAR = "linear baseline"
 REFERENCE = "full"
 BEFORE = ("data", "adapter", "method", "seeds")
+CURVE = ("fraction", "train_rows")  # of learning curves, after the first of those
 AFTER = (
     "layers_per_step", "layers_ever", "wall_seconds", "examples_per_second", "optimizer_state_bytes_mean",
     "optimizer_state_bytes_max", "peak_memory_bytes", "macro_f1_minus_full", "low_95", "high_95", "p", "error",
 )  # fmt: skip
 Row = dict[str, Any]
+Place = tuple[str, float | None]  # corpus, and share of its training rows
 
 
-def columns(task: Task) -> tuple[str, ...]:
+def columns(task: Task, *, curves: bool = False) -> tuple[str, ...]:
     """Those of compare.csv: between the others, mean and standard deviation of each metric that the task shows."""
     names = [f"{split}_{name}" for split in ("dev", "test") for name in task.headline]
-    return (*BEFORE, *(column for name in names for column in (name, f"{name}_sd")), *AFTER)
+    before = (BEFORE[0], *CURVE, *BEFORE[1:]) if curves else BEFORE
+    return (*before, *(column for name in names for column in (name, f"{name}_sd")), *AFTER)
 
 
-def build_rows(outcomes: Sequence[Outcome], linear: dict[str, LinearResult], task: Task = SINGLE_LABEL) -> list[Row]:
-    """One row per corpus, adapter and method (mean and standard deviation over seeds), the linear baseline first."""
+def build_rows(
+    outcomes: Sequence[Outcome], linear: dict[Place, list[LinearResult]], task: Task = SINGLE_LABEL
+) -> list[Row]:
+    """One row per corpus, share of its rows, adapter and method (mean and standard deviation over seeds), the linear
+    baseline first.
+    """
     rows: list[Row] = []
-    for data in dict.fromkeys(outcome.cell.data for outcome in outcomes):
-        if data in linear:
-            rows.append(_linear_row(data, linear[data], task))
-        here = [outcome for outcome in outcomes if outcome.cell.data == data]
+    for place in dict.fromkeys((outcome.cell.data, outcome.cell.fraction) for outcome in outcomes):
+        here = [outcome for outcome in outcomes if (outcome.cell.data, outcome.cell.fraction) == place]
+        fits = linear.get(place, [])
+        found = [_linear_row(place[0], fits, task)] if fits else []
         for adapter in dict.fromkeys(outcome.cell.adapter for outcome in here):
             group = [outcome for outcome in here if outcome.cell.adapter == adapter]
             full = [outcome for outcome in group if outcome.cell.variant == REFERENCE and outcome.results]
             for variant in dict.fromkeys(outcome.cell.variant for outcome in group):
                 mine = [outcome for outcome in group if outcome.cell.variant == variant]
-                rows.append(_row(data, adapter, variant, mine, full, task))
+                found.append(_row(place[0], adapter, variant, mine, full, task))
+        if place[1] is not None:
+            size = round(statistics.mean(fit.rows for fit in fits)) if fits else None
+            found = [row | {"fraction": place[1], "train_rows": size} for row in found]
+        rows += found
     return rows
 
 
-def _linear_row(data: str, result: LinearResult, task: Task) -> Row:
-    row: Row = {"data": data, "adapter": "", "method": LINEAR, "seeds": 1, "wall_seconds": result.seconds}
-    for split, values in result.metrics.items():
-        row |= {f"{split}_{name}": values[name] for name in task.headline}
+def _linear_row(data: str, fits: Sequence[LinearResult], task: Task) -> Row:
+    row: Row = {"data": data, "adapter": "", "method": LINEAR, "seeds": len(fits)}
+    row["wall_seconds"] = statistics.mean(fit.seconds for fit in fits)
+    for split in fits[0].metrics:
+        row |= _spread_of(split, [fit.metrics for fit in fits], task)
+    return row
+
+
+def _spread_of(split: str, results: Sequence[dict[str, Any]], task: Task) -> Row:
+    """Mean and standard deviation of each metric of a split."""
+    row: Row = {}
+    for name in task.headline:
+        values = [result[split][name] for result in results]
+        row[f"{split}_{name}"] = statistics.mean(values)
+        row[f"{split}_{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
     return row
 
 
@@ -65,10 +87,7 @@ def _row(
         return row
     for split in ("dev", "test"):
         if all(split in result for result in results):
-            for name in task.headline:
-                values = [result[split][name] for result in results]
-                row[f"{split}_{name}"] = statistics.mean(values)
-                row[f"{split}_{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+            row |= _spread_of(split, results, task)
     for column, read in {
         "layers_per_step": lambda r: r["layers_trained_per_step"],
         "layers_ever": lambda r: r["layers_ever_trained"],
@@ -110,29 +129,37 @@ def _predictions(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: record["id"])
 
 
+def has_curves(rows: Sequence[Row]) -> bool:
+    """Whether the rows are of several shares of the training rows."""
+    return any("fraction" in row for row in rows)
+
+
 def write_csv(rows: Sequence[Row], file: Path, task: Task = SINGLE_LABEL) -> None:
     """All columns, units in their names; an empty cell if there is no value."""
     with replacing(file) as scratch, scratch.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, columns(task))
+        names = columns(task, curves=has_curves(rows))
+        writer = csv.DictWriter(out, names)
         writer.writeheader()
-        writer.writerows({name: row.get(name) for name in columns(task)} for row in rows)
+        writer.writerows({name: row.get(name) for name in names} for row in rows)
 
 
 def write_markdown(rows: Sequence[Row], file: Path, notes: Sequence[str], task: Task = SINGLE_LABEL) -> None:
     """The table that a person reads, with what it was made of below."""
     has_test = any(f"test_{task.main}" in row for row in rows)
     splits = ("dev", "test") if has_test else ("dev",)
-    header = ["data", "adapter", "method", "seeds"]
+    curves = has_curves(rows)
+    header = ["data", *(["training rows"] if curves else []), "adapter", "method", "seeds"]
     header += [f"{split} {name}" for split in splits for name in task.headline.values()]
     header += ["layers per step", "ever", "seconds", "examples/s", "optimizer state (MiB)", "peak memory (MiB)"]
     header += [f"macro-F1 minus full ({splits[-1]})", "p"]
     lines = ["# Comparison", "", _line(header), _line(["---"] * len(header))]
     for row in rows:
+        cells = [row["data"], *([str(row["train_rows"])] if curves else []), row["adapter"], row["method"]]
         if row.get("error") and not row["seeds"]:
             error = str(row["error"]).replace("|", "\\|")
-            lines.append(_line([row["data"], row["adapter"], row["method"], f"failed: {error}"]))
+            lines.append(_line([*cells, f"failed: {error}"]))
             continue
-        cells = [row["data"], row["adapter"], row["method"], str(row["seeds"])]
+        cells.append(str(row["seeds"]))
         cells += [_spread(row, f"{split}_{name}") for split in splits for name in task.headline]
         cells += [_number(row, "layers_per_step", ".1f"), _number(row, "layers_ever", ".0f")]
         cells += [_number(row, "wall_seconds", ".0f"), _number(row, "examples_per_second", ".1f")]

@@ -153,36 +153,37 @@ def test_guided_trials_find_what_random_ones_do_not():
 
 @pytest.mark.quick
 def test_a_search_that_is_killed_goes_on_and_repeats_nothing(recipe, corpus, tmp_path, trained, monkeypatch, capsys):
-    assert search(recipe, corpus, tmp_path / "whole", "--trials", "14") == 0
+    assert search(recipe, corpus, tmp_path / "whole", "--trials", "12") == 0
     whole, shown = rows_of(tmp_path / "whole"), capsys.readouterr().out
     once = list(trained)
     assert len(once) == len(set(once)) and [row["search"] for row in whole] == [
-        *["both"] * STARTUP, *["guided"] * 4, *["random"] * 4,
+        *["both"] * STARTUP, *["guided"] * 2, *["random"] * 2,
     ]  # fmt: skip
     trained.clear()
     stand_in = runs.subprocess.run
 
     def killed(line, **options):
         done = stand_in(line, **options)
-        if len(trained) >= 12 and done.returncode == 0:  # the run has ended, and the search knows nothing of it
+        if len(trained) > STARTUP and done.returncode == 0:  # the run has ended, and the search knows nothing of it
             raise KeyboardInterrupt
         return done
 
     monkeypatch.setattr(runs.subprocess, "run", killed)
-    assert search(recipe, corpus, tmp_path / "part", "--trials", "14") == 130
+    assert search(recipe, corpus, tmp_path / "part", "--trials", "12") == 130
+    assert [row["run"] for row in rows_of(tmp_path / "part")] == [row["run"] for row in whole][: len(trained) - 1]
     monkeypatch.setattr(runs.subprocess, "run", stand_in)
-    assert search(recipe, corpus, tmp_path / "part", "--trials", "14") == 0
+    assert search(recipe, corpus, tmp_path / "part", "--trials", "12") == 0
     assert rows_of(tmp_path / "part") == whole
     assert [folder.replace("part", "whole") for folder in trained] == once
-    assert search(recipe, corpus, tmp_path / "part", "--trials", "14", "--skip_random") == 0
+    assert search(recipe, corpus, tmp_path / "part", "--trials", "12", "--skip_random") == 0
     assert len(trained) == len(once)
     assert {row["tuning.interval"] for row in whole if row["error"]} == {"9"}
     assert not any(row["adapter.target_modules"] == "[]" for row in whole)  # an empty subset is none
     assert not any(row["error"] for row in whole if row["tuning.interval"] != "9")
-    for words in ("| search | 14 |", "| random search | 14 |", "The test split was not evaluated", "report.html"):
+    for words in ("| search | 12 |", "| random search | 12 |", "The test split was not evaluated", "report.html"):
         assert words in shown
     assert (tmp_path / "whole/search.png").read_bytes()[:4] == b"\x89PNG"
-    assert search(recipe, corpus, tmp_path / "part", "--trials", "14", "--optim.epochs", "2") == 2
+    assert search(recipe, corpus, tmp_path / "part", "--trials", "12", "--optim.epochs", "2") == 2
     assert "holds a search with other options" in capsys.readouterr().err
 
 

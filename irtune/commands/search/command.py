@@ -16,6 +16,7 @@ from irtune.commands.common import a_path, add_ranks, at_least, parser, show
 from irtune.commands.compare.grid import Cell
 from irtune.commands.compare.runs import check_folders, run_cell
 from irtune.commands.report import write_page
+from irtune.commands.search.report import write_csv, write_markdown
 from irtune.commands.search.trials import STARTUP, Trial, first_values, front, of_search, options, propose
 from irtune.config import Config, load_config
 from irtune.config.search_space import Space, read_space
@@ -65,6 +66,7 @@ def search(arguments: Sequence[str]) -> int:
     folder, ranks = given.output_dir, given.ranks or max(1, torch.cuda.device_count())
     read_corpus(config.data)  # refuses one without a dev split, before anything is trained
     sign = -1 if config.run.best_metric == "loss" else 1
+    command = f"python -m irtune search {shlex.join(arguments)}"
     record = _Record(folder, _identity(given, rest))
     trials = record.trials
     wanted = [(number, True) for number in range(given.trials)]
@@ -81,9 +83,10 @@ def search(arguments: Sequence[str]) -> int:
             log.info("%s of %d: %s", trial.run, given.trials, " ".join(options(trial.values)))
             _run(trial, trials, ["--config", given.config, *rest], folder, ranks, given.minimize)
             record.save()
+            _report(trials, folder, command, config.run.best_metric, given.minimize)  # also when it is stopped half-way
         said = trial.error or f"dev {config.run.best_metric} {trial.metric:.3f}, {given.minimize} {trial.cost:,.0f}"
         log.info("  %s", said)
-    _report(trials, folder, f"python -m irtune search {shlex.join(arguments)}", config.run.best_metric, given.minimize)
+    _report(trials, folder, command, config.run.best_metric, given.minimize, pictures=True)
     show((folder / "search.md").read_text(encoding="utf-8"))
     return 0 if any(trial.metric is not None for trial in trials) else 1
 
@@ -155,21 +158,27 @@ def _run(trial: Trial, trials: Sequence[Trial], line: list[str], folder: Path, r
     trial.metric, trial.cost = metric, outcome.results[COSTS[cost][0]]
 
 
-def _report(trials: Sequence[Trial], folder: Path, command: str, metric: str, minimize: str) -> None:
-    # Drawing needs matplotlib, which takes a second to load.
-    from irtune.commands.search.picture import draw
-    from irtune.commands.search.report import write_csv, write_markdown
-
+def _report(
+    trials: Sequence[Trial], folder: Path, command: str, metric: str, minimize: str, *, pictures: bool = False
+) -> None:
+    """Write search.md and search.csv; with `pictures`, search.png and report.html too."""
     words: dict[str, Any] = {"metric": metric, "cost": COSTS[minimize][1], "sign": -1 if metric == "loss" else 1}
     best = list(dict.fromkeys(folder / trial.run for trial in front(trials, words["sign"])))
     notes = [f"Command: `{command}`"]
-    if best:
-        write_page(best, folder / "report.html")
-        runs = " ".join(shlex.quote(str(run)) for run in best)
-        link = f"The runs of the front, with curves, layers and mistakes: [report.html](report.html), which `python -m irtune report --run {runs}` makes."  # noqa: E501
-        notes += ["", link]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if pictures:
+            # Drawing needs matplotlib, which takes a second to load.
+            from irtune.commands.search.picture import draw
+
+            draw(trials, folder / "search.png", **words)
+        if pictures and best:
+            write_page(best, folder / "report.html")
+            runs = " ".join(shlex.quote(str(run)) for run in best)
+            notes += [
+                "",
+                "The runs of the front, with curves, layers and mistakes: [report.html](report.html), which "
+                f"`python -m irtune report --run {runs}` makes.",
+            ]
         write_csv(trials, folder / "search.csv", **words)
         write_markdown(trials, folder / "search.md", notes, **words)
-        draw(trials, folder / "search.png", **words)

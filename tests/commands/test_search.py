@@ -190,7 +190,10 @@ def test_a_search_that_is_killed_goes_on_and_repeats_nothing(recipe, corpus, tmp
 @pytest.mark.quick
 def test_equal_settings_run_once(recipe, corpus, tmp_path, trained):
     recipe.write_text("search: {adapter.r: [1, 2]}\nadapter: {target_modules: [q_proj]}\n")
+    assert search(recipe, corpus, tmp_path / "s", "--trials", "12", "--skip_random") == 0
+    assert "random search |" not in (tmp_path / "s/search.md").read_text()  # with fewer trials it would look worse
     assert search(recipe, corpus, tmp_path / "s", "--trials", "12") == 0
+    assert "| random search | 12 |" in (tmp_path / "s/search.md").read_text()
     assert len(trained) == 2 and len(rows_of(tmp_path / "s")) == 14
     assert (tmp_path / "s/report.html").read_text() == "2"  # of rank 2 the better metric, of rank 1 the lower cost
 

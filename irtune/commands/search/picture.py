@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from irtune.commands.search.trials import Trial, front, of_random, of_search
+from irtune.commands.search.trials import Trial, front, side_by_side
 from irtune.files import replacing
 
 
@@ -13,10 +13,9 @@ def draw(trials: Sequence[Trial], file: Path, *, metric: str, cost: str, sign: i
     """Dev metric over cost, on a logarithmic scale."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    for name, mine, colour, marker in (
-        ("search", of_search(trials), "tab:blue", "o"),
-        ("random search", of_random(trials), "tab:orange", "x"),
-    ):
+    style = {"search": ("tab:blue", "o"), "random search": ("tab:orange", "x")}
+    for name, mine in side_by_side(trials).items():
+        colour, marker = style[name]
         done = [trial for trial in mine if trial.metric is not None]
         best = front(mine, sign)
         axes.scatter([t.cost for t in done], [t.metric for t in done], color=colour, marker=marker, label=name)

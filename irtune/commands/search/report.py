@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from irtune.commands.search.trials import STARTUP, Trial, front, hypervolume, of_random, of_search
+from irtune.commands.search.trials import STARTUP, Trial, front, hypervolume, side_by_side
 from irtune.files import replacing, write_text
 
 SAMPLER = "optuna's multi-objective tree-structured Parzen estimator"
@@ -32,7 +32,7 @@ def write_markdown(
     """The two searches, the front, what failed, and `notes`."""
     lines = ["# Search", "", _line(["", "trials", "failed", f"best dev {metric}", cost, "area"]), _line(["---"] * 6)]
     corner, spans = _box(trials, sign)
-    for name, mine in (("search", of_search(trials)), ("random search", of_random(trials))):
+    for name, mine in side_by_side(trials).items():
         failed = sum(trial.error is not None for trial in mine)
         best = max((t for t in mine if t.metric is not None), key=lambda t: sign * t.metric, default=None)
         cells = [f"{best.metric:.3f}", f"{best.cost:,.0f}"] if best is not None else ["", ""]

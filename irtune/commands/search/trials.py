@@ -46,9 +46,10 @@ def of_search(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if trial.guided or trial.shared]
 
 
-def of_random(trials: Sequence[Trial]) -> list[Trial]:
-    """Those of the random search with as many trials."""
-    return [trial for trial in trials if not trial.guided]
+def side_by_side(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """Those of the search and, once there are as many, those of the random search."""
+    mine, random = of_search(trials), [trial for trial in trials if not trial.guided]
+    return {"search": mine} | ({"random search": random} if len(random) == len(mine) else {})
 
 
 def propose(space: Space, before: Sequence[Trial], number: int, *, guided: bool, seed: int, sign: int) -> Trial:

@@ -18,7 +18,7 @@ from irtune.files import read_object, replacing, write_json
 
 ACTIVE = 192  # features of a token, as in the paper
 EXPANSION = 8  # features per dimension of a state; the paper's published one has 32
-BATCH, STEPS = 1024, 1000
+BATCH, STEPS = 512, 1000
 RATE = 2e-4  # of Adam for 2^14 features; others by the inverse root of their number, as EleutherAI trains them
 MAX_BYTES = 2**20
 NAMES = {"encoder": "encoder.weight", "bias": "encoder.bias", "decoder": "W_dec", "center": "b_dec"}

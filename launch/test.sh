@@ -14,8 +14,8 @@ fi
 fetch_model
 export OMP_NUM_THREADS=1
 cd "$ROOT"
-# Two files at a time: the ranks of one test wait for each other, and for the disk, half of their time.
-everyday=(python -m pytest -n 2 --dist loadfile -m "not slow" "$@")
+# Two tests at a time: the ranks of one wait for each other, and for the disk, half of their time.
+everyday=(python -m pytest -n 2 --dist worksteal -m "not slow" "$@")
 [[ $all ]] || exec "${everyday[@]}"
 
 # pytest's exit statuses; arguments may choose tests of one kind only.
@@ -30,7 +30,7 @@ stage() { # WHAT COMMAND...
     [[ $status == 0 || $status == "$NOTHING_CHOSEN" ]] || failed=$status
 }
 stage "tests that are not slow" "${everyday[@]}"
-stage "slow tests, two files at a time" python -m pytest -n 2 --dist loadfile -m "slow and not alone" "$@"
+stage "slow tests, two at a time" python -m pytest -n 2 --dist worksteal -m "slow and not alone" "$@"
 stage "slow tests about time-outs, one at a time" python -m pytest -m "slow and alone" "$@"
 [[ $ran ]] || exit "$NOTHING_CHOSEN"
 exit "${failed:-0}"

@@ -65,6 +65,7 @@ class AdapterKind(Declaration):
     every_layer: whether each layer must have parameters.
     below: whether parameters outside the layers need gradients through all of them.
     frozen: least share of a trained layer's activations that a layer stores when gradients only pass through.
+    index_bytes: of constant indices beside each trained number, where no buffer holds them.
     pretrained: whether its parameters are weights of the model, which checkpoints hold only once they have trained.
     silent: whether it promises to change nothing before it is trained.
     peft_format: whether `build` returns a peft model whose folder peft can load; else irtune saves it itself.
@@ -89,6 +90,7 @@ class AdapterKind(Declaration):
     every_layer: bool = True
     below: bool = False
     frozen: float = 0.6
+    index_bytes: int = 0
     pretrained: bool = False
     silent: bool = False
     peft_format: bool = False

@@ -121,7 +121,10 @@ def _count(config: Config, selected: Sequence[int] | None, device: str, labels: 
         network, table = add_adapters(Classifier(model, tokenizer, anatomy, RunFacts.of(config)), adapter)
     trained = {id(parameter) for _, parameter in table.all()}
     constant = [parameter for parameter in network.parameters() if id(parameter) not in trained]
-    added = sum(buffer.nbytes for buffer in network.buffers() if id(buffer) not in buffers)  # vera's random matrices
+    layer_numbers = sum(parameter.numel() for layer in table.layers for _, parameter in layer)
+    # Random matrices of vera; decisions of sparse, with their statistics; places of shira.
+    added = sum(buffer.nbytes for buffer in network.buffers() if id(buffer) not in buffers)
+    added += sum(tensor.nbytes for _, tensor in table.decided()) + kind.index_bytes * layer_numbers
     own_weights = adapter_traits(adapter).pretrained
     itemsize = dtype.itemsize
     weights = [] if own_weights else [int(module.weight.numel()) for module in linear]

@@ -108,12 +108,26 @@ def test_parameters_and_steps_are_planned_as_they_really_are(request, architectu
     constant = set(network.parameters()) - {parameter for _, parameter in table.all()}
     # peft keeps the untrained head beside the trained one; the plan builds it in the same way.
     added = sum(buffer.nbytes for buffer in network.buffers() if id(buffer) not in own)
+    added += sum(tensor.nbytes for _, tensor in table.decided())
     assert parts.constant == sum(parameter.numel() for parameter in constant) + added // parts.weight_bytes
     table.set_trainable(selected)
     traits = adapter_traits(config.adapter)
     recompute = Recompute(table.modules, reentrant=False, always=checkpointing, traits=traits)
     recompute.set_trained(selected)
     assert (parts.kept, parts.peak, parts.evaluation) == pytest.approx(real_step(network, table), rel=off, abs=0)
+
+
+@pytest.mark.quick
+def test_places_of_sparse_updates_are_counted(llama):
+    """peft keeps those of shira outside of buffers and parameters."""
+    config = config_for(llama, "shira")
+    parts = count(config, [2, 3], device="cpu", slope=False)
+    network, table = add_adapters(load_classifier(config.model, LABELS), config.adapter)
+    constant = set(network.parameters()) - {parameter for _, parameter in table.all()}
+    places = [part.shira_indices["default"] for part in network.modules() if getattr(part, "shira_indices", None)]
+    assert len(places) == LAYERS * 7
+    rest = sum(parameter.numel() for parameter in constant)
+    assert parts.constant == rest + sum(tensor.nbytes for tensor in places) // parts.weight_bytes
 
 
 @pytest.mark.quick

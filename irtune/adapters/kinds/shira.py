@@ -27,6 +27,7 @@ KIND = AdapterKind(
     silent=True,
     peft_format=True,
     unquantised=True,
+    index_bytes=8,  # a row and a column, int32
     shapes_of="hira",  # as many parameters, and a whole weight per product; its places are looked up
     refuses=(({"adapter.dropout": ...}, "adapter.type shira has no dropout; set adapter.dropout to 0"),),
 )

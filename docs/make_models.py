@@ -25,6 +25,7 @@ from irtune.config.declarations import adapter_kinds
 from irtune.engine.recompute import Recompute
 from irtune.errors import IrtuneError
 from irtune.models import load_classifier
+from irtune.models.packing import cannot_pack
 from tests.support import zoo
 
 TEXTS = [{"input_ids": list(range(4, 4 + length))} for length in (5, 9, 17)]
@@ -36,12 +37,13 @@ looked at by the guard of a run: a text must give the same logits alone and in a
 change nothing, and each of their parameters must get a gradient. *attention*: what model.attn_implementation sdpa
 becomes in bf16 on a CPU. *bf16*: whether the model computes in it. *refused*: adapter types that do not work, with
 `r` 4 and otherwise their defaults; of those whose code is peft's, only `lora` and its variants are tried here. *nf4*:
-LoRA over a base of 4 bits. *checkpointing*: LoRA with model.gradient_checkpointing.
+LoRA over a base of 4 bits. *checkpointing*: LoRA with model.gradient_checkpointing. *without padding*: whether
+`data.padding_free` trains it so.
 
 Made by `python docs/make_models.py > docs/models.md`.
 
-| class | attention | bf16 | adapter types refused | nf4 | checkpointing |
-| --- | --- | --- | --- | --- | --- |
+| class | attention | bf16 | adapter types refused | nf4 | checkpointing | without padding |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -91,7 +93,7 @@ def row(name: str, box: Path) -> str:
         classifier = load_classifier(ModelConfig(name_or_path=str(folder)), list(zoo.LABELS))
     except IrtuneError as error:
         reason = str(error).partition(" is ")[2].partition(";")[0]
-        return f"| {zoo.ZOO[name][1].__name__.removesuffix('Config')} | refused: {reason} | | | | |"
+        return f"| {zoo.ZOO[name][1].__name__.removesuffix('Config')} | refused: {reason} | | | | | |"
     settings: Any = classifier.model.config
     here = [name for name, kind in adapter_kinds().items() if not kind.peft_format or name in LORAS]
     refused = [kind for kind in here if not works(folder, kind)]
@@ -100,7 +102,7 @@ def row(name: str, box: Path) -> str:
     return (
         f"| {type(classifier.model).__name__} | {settings._attn_implementation} | "
         f"{yes[works(folder, 'lora', dtype='bfloat16')]} | {', '.join(refused) or 'none'} | {yes[nf4]} | "
-        f"{yes[checkpoints(folder)]} |"
+        f"{yes[checkpoints(folder)]} | {yes[cannot_pack(classifier.model) is None]} |"
     )
 
 

@@ -8,7 +8,8 @@
 Sides: a irtune ir, b irtune full, c transformers Trainer + peft at its best, d the same with every example padded to
 data.max_length, e a bare PyTorch loop over b's batches, f the matrix products of a's steps alone. All are built once
 and take turns; a turn makes steps that stand for an epoch (its batches at even quantiles of length). g, if it is asked
-for: c with transformers' eager attention, the fastest for short texts on a CPU and the slowest on a GPU. Results go to
+for: c with transformers' eager attention, the fastest for short texts on a CPU and the slowest on a GPU. h, likewise:
+a without padding (data.padding_free), in random batches, whose steps a turn chooses by their tokens. Results go to
 benchmarks/results/speed-DEVICE.json, with a picture beside it, and a table to standard output. benchmarks/README.md
 says how to read them.
 """
@@ -24,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-SIDES = "abcdefg"
+SIDES = "abcdefgh"
 
 
 def main() -> int:
@@ -92,7 +93,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
         options.rounds, options.evaluated, options.starts = min(options.rounds, 2), 16, min(options.starts, 1)
     unknown = set(options.sides) - set(SIDES)
     if unknown or ("f" in options.sides and "a" not in options.sides.partition("f")[0]):
-        parser.error(f"--sides is {options.sides!r}; accepted: some of abcdefg, f only after a")
+        parser.error(f"--sides is {options.sides!r}; accepted: some of abcdefgh, f only after a")
     return options, overrides
 
 

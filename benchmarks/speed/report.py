@@ -19,7 +19,7 @@ from irtune.train.setup import RunSetup
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "accelerate")
-PAIRS = ("a/c", "a/d", "a/b", "a/e", "a/f", "a/g", "b/c", "b/d", "b/e", "b/g", "e/c", "c/d")
+PAIRS = ("a/c", "a/d", "a/b", "a/e", "a/f", "a/g", "b/c", "b/d", "b/e", "b/g", "e/c", "c/d", "h/a")
 NAMES = {
     "a": "irtune ir",
     "b": "irtune full",
@@ -28,6 +28,7 @@ NAMES = {
     "e": "bare loop",
     "f": "matrix products\nof a",
     "g": "Trainer + peft,\neager attention",
+    "h": "irtune ir,\npadding-free",
 }
 SAME = ("device", "model", "adapter", "batch", "arguments", "threads", "ranks", "steps")
 
@@ -84,7 +85,7 @@ def summary(letter: str, turns: list[Turn], peak: int | None) -> dict[str, Any]:
             "step_seconds": [round(seconds, 5) for seconds in turn.seconds],
             "losses": turn.losses,
             **({"digests": turn.digests} if turn.digests else {}),
-            **({"selected": turn.selected} if letter == "a" else {}),
+            **({"selected": turn.selected} if letter in "ah" else {}),
         }
         for turn in turns
     ]

@@ -1,4 +1,4 @@
-"""irtune's sides of benchmarks/speed (a, b), and the bare loop over the same batches (e)."""
+"""irtune's sides of benchmarks/speed (a, b, h), and the bare loop over the same batches (e)."""
 
 import random
 import time
@@ -32,7 +32,7 @@ def setup_for(config: Config, world: World, evaluated: int) -> RunSetup:
 
 
 class Irtune:
-    """Sides a and b: irtune's own trainer, whose last step is put off from turn to turn."""
+    """Sides a, b and h: irtune's own trainer, whose last step is put off from turn to turn."""
 
     def __init__(self, config: Config, world: World, evaluated: int):
         self.setup = setup_for(config, world, evaluated)
@@ -81,7 +81,7 @@ class Irtune:
         lengths, timed = self.setup.data.sampler.lengths, taken[warm_up:]
         mine = [batches[runtime.rank() :: runtime.launched_world_size()] for batches in timed]
         turn.shapes = [[(len(batch), max(lengths[i] for i in batch)) for batch in batches] for batches in mine]
-        return counted(turn, timed, lengths)
+        return counted(turn, timed, lengths, packed=self.setup.data.packed)
 
     def evaluate(self) -> tuple[int, int, float]:
         """Predict the dev split: examples, batch size, seconds."""

@@ -131,9 +131,17 @@ def spread(sizes: Sequence[int], count: int, offset: float, seed: int) -> list[i
     return chosen
 
 
-def chosen_steps(epoch: list[Batches], lengths: Sequence[int], warm_up: int, steps: int, turn: int) -> list[Batches]:
-    """The steps of a turn out of an epoch: the longest and middling ones to warm up, then `steps` for the epoch."""
-    sizes = [max(len(batch) * max(lengths[i] for i in batch) for batch in batches) for batches in epoch]
+def chosen_steps(
+    epoch: list[Batches], lengths: Sequence[int], warm_up: int, steps: int, turn: int, *, packed: bool = False
+) -> list[Batches]:
+    """The steps of a turn out of an epoch: the longest and middling ones to warm up, then `steps` for the epoch.
+
+    packed: there is no padding.
+    """
+    sizes = [
+        max(sum(lengths[i] for i in batch) if packed else len(batch) * max(lengths[i] for i in batch) for batch in step)
+        for step in epoch
+    ]
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
     warming = [order[-1] if number == 0 else order[len(order) // 2] for number in range(warm_up)]
     offset = (0.5 + turn * 0.618034) % 1.0
@@ -152,7 +160,8 @@ class ChosenSteps:
 
     def add_turn(self, warm_up: int, steps: int, turn: int) -> list[Batches]:
         """Choose the steps of another turn; returns its steps."""
-        new = chosen_steps(self.whole_epoch, self.sampler.lengths, warm_up, steps, turn)
+        packed = self.sampler.packed
+        new = chosen_steps(self.whole_epoch, self.sampler.lengths, warm_up, steps, turn, packed=packed)
         self.taken += new
         return new
 
@@ -161,12 +170,15 @@ class ChosenSteps:
         return self.taken[step]
 
 
-def counted(turn: Turn, steps: list[Batches], lengths: Sequence[int], width: int | None = None) -> Turn:
-    """Fill in examples and tokens of the timed `steps`; `width`: what every example is padded to."""
+def counted(
+    turn: Turn, steps: list[Batches], lengths: Sequence[int], width: int | None = None, *, packed: bool = False
+) -> Turn:
+    """Fill in examples and tokens of the timed `steps`; `width`: what every example is padded to; packed: nothing."""
     for batch in (batch for batches in steps for batch in batches):
         turn.examples += len(batch)
         turn.tokens += sum(lengths[i] for i in batch)
-        turn.padded_tokens += len(batch) * (width or max(lengths[i] for i in batch))
+        longest = width or max(lengths[i] for i in batch)
+        turn.padded_tokens += sum(lengths[i] for i in batch) if packed else len(batch) * longest
     return turn
 
 

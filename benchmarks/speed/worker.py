@@ -55,10 +55,11 @@ class Bench:
     def config(self, letter: str) -> Config:
         """irtune's configuration of a side."""
         given = list(self.job["arguments"])
-        while letter != "a" and "--tuning.cost_weight" in given:  # it says how ir chooses layers
+        while letter not in "ah" and "--tuning.cost_weight" in given:  # it says how ir chooses layers
             place = given.index("--tuning.cost_weight")
             del given[place : place + 2]
-        method = ["--tuning.method", "ir" if letter == "a" else "full"]
+        method = ["--tuning.method", "ir" if letter in "ah" else "full"]
+        method += ["--data.padding_free", "true" if letter == "h" else "false"]
         folder = Path(self.job["folder"]) / f"side-{letter}"
         return load_config([*given, *method, "--run.output_dir", str(folder)])
 
@@ -104,6 +105,7 @@ class Bench:
             "d": lambda: Peft(base, world, folder / "d", form, padded=True),
             "e": lambda: Bare(setup_for(self.config("e"), world, evaluated), world),
             "g": lambda: Peft(base, world, folder / "g", form, attention="eager"),
+            "h": lambda: Irtune(self.config("h"), world, evaluated),
             "f": lambda: Matrices(self.shape, dtype, world.device, own),
         }
         base.model = base.method = None  # tokens and labels are all that the Trainer needs

@@ -1,14 +1,19 @@
 """Put adapters of a type into a model."""
 
+import logging
 from dataclasses import dataclass
 
 from torch import nn
 
 from irtune.adapters.table import LayerTable, build_table
 from irtune.config.declarations import adapter_kinds, implementation
-from irtune.config.schema import AdapterConfig
+from irtune.config.schema import AdapterConfig, Config
+from irtune.distributed import runtime
 from irtune.errors import ConfigError
 from irtune.models import Classifier
+from irtune.models.packing import cannot_pack, pack_layers
+
+log = logging.getLogger("irtune")
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,36 @@ def add_adapters(classifier: Classifier, adapter: AdapterConfig) -> tuple[nn.Mod
     dtypes = {parameter.dtype for _, parameter in table.all()}
     assert len(dtypes) == 1, f"adapters and head must share one dtype, not {dtypes}"
     return model, table
+
+
+def leave_out_padding(config: Config, classifier: Classifier, table: LayerTable, began: bool | None = None) -> bool:
+    """Let the layers, with their adapters, do without padding if `data.padding_free` asks for it.
+
+    Args:
+        config: of the run.
+        classifier: the model.
+        table: its layers.
+        began: whether the run that is resumed did without; None for a new run.
+
+    Returns:
+        Whether they do. Where they cannot, a line of the log says why.
+    """
+    wanted = config.data.padding_free
+    if wanted == "auto":
+        on_cpu = runtime.read_world().device.type == "cpu"
+        wanted = on_cpu and config.optim.micro_batch_tokens is None if began is None else began
+    if not wanted:
+        return False
+    reason = cannot_pack(classifier.model)
+    if adapter_kinds()[config.adapter.type].extra_tokens is not None:
+        reason = f"adapter.type {config.adapter.type} puts embeddings before every text"
+    elif config.model.compile:
+        reason = "layers of model.compile would be compiled anew for every batch"
+    elif config.optim.rdrop:
+        reason = "optim.rdrop lets every text pass twice at a time"
+    if reason is not None:
+        level = logging.INFO if config.data.padding_free == "auto" else logging.WARNING
+        log.log(level, "data.padding_free: %s; texts are padded", reason)
+        return False
+    pack_layers(classifier.model, table.modules)
+    return True

@@ -23,7 +23,7 @@ from irtune.config.declarations import adapter_kinds, implementation
 from irtune.config.schema import AdapterConfig
 from irtune.data import collate
 from irtune.distributed.partitioned import is_partitioned
-from irtune.errors import ConfigError, ModelError
+from irtune.errors import ConfigError, ModelError, one_line
 from irtune.models import Classifier
 from irtune.models.kernels import without_flash_on_cpu
 from irtune.models.kernels.attention import CPU_ATTENTION, as_in_training
@@ -47,8 +47,8 @@ class Guard:
     texts: list[Text]
     outputs: torch.Tensor
 
-    def check(self, model: nn.Module, table: LayerTable, adapter: AdapterConfig) -> None:
-        """Look at the model with its adapters.
+    def check(self, model: nn.Module, table: LayerTable, adapter: AdapterConfig, *, packed: bool = False) -> None:
+        """Look at the model with its adapters; `packed`: its layers do without padding.
 
         Raises:
             ModelError: when it computes something else than it should; names the setting to change.
@@ -65,6 +65,8 @@ class Guard:
                 )
         batch = _together(self.classifier, model, self.texts)
         _check_padding(self.classifier, alone, batch, f"adapter.type {kind.name}: ")
+        if packed:
+            _check_packing(self.classifier, alone, model, self.texts)
         if kind.pretrained:  # their gradients would fill as much memory as the model
             return
         unmoved = _without_gradient(self.classifier, model, table, self.texts)
@@ -147,21 +149,22 @@ def _choose(texts: Sequence[Text]) -> list[Text]:
     return [short, longer]
 
 
-def _logits(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
+def _logits(classifier: Classifier, model: nn.Module, texts: list[Text], packed: bool = False) -> torch.Tensor:
     base: Any = classifier.model
-    batch = collate([dict(text) for text in texts], int(classifier.tokenizer.pad_token_id), device=base.device)  # type: ignore[arg-type]
+    pad: Any = classifier.tokenizer.pad_token_id
+    batch = collate([dict(text) for text in texts], pad, device=base.device, packed=packed)  # type: ignore[arg-type]
     return model(**batch).logits.float()
 
 
-def _outputs(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
+def _outputs(classifier: Classifier, model: nn.Module, texts: list[Text], packed: bool = False) -> torch.Tensor:
     """Logits [texts, classes], or what a pooled head reads [texts, features]: such a head starts at zero."""
     if pooling_of(classifier.model) is None:
-        return _logits(classifier, model, texts)
+        return _logits(classifier, model, texts, packed)
     read: list[torch.Tensor] = []
     head = classifier.model.get_submodule(HEAD_NAME)
     handle = head.register_forward_pre_hook(lambda _head, inputs: read.append(inputs[0].float()))
     try:
-        _logits(classifier, model, texts)
+        _logits(classifier, model, texts, packed)
     finally:
         handle.remove()
     return read[0]
@@ -172,9 +175,9 @@ def _alone(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch
         return torch.cat([_outputs(classifier, model, [text]) for text in texts])
 
 
-def _together(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
+def _together(classifier: Classifier, model: nn.Module, texts: list[Text], packed: bool = False) -> torch.Tensor:
     with _at_rest(classifier, model), torch.no_grad():
-        return _outputs(classifier, model, texts)
+        return _outputs(classifier, model, texts, packed)
 
 
 @contextlib.contextmanager
@@ -218,6 +221,21 @@ def _check_padding(classifier: Classifier, alone: torch.Tensor, together: torch.
             f"text padded in a batch ({_share(change)}), so its predictions would depend on the batch; set "
             + ("adapter.type to lora or bottleneck" if before else "model.attn_implementation to eager")
             + ", or model.name_or_path to another model"
+        )
+
+
+def _check_packing(classifier: Classifier, alone: torch.Tensor, model: nn.Module, texts: list[Text]) -> None:
+    try:
+        change = _difference(alone, _together(classifier, model, texts, packed=True))
+    except (RuntimeError, IndexError) as error:  # a layer that takes something of every token that nobody knew of
+        raise ModelError(
+            f"{type(classifier.model).__name__} cannot compute without padding ({one_line(error)}); set "
+            "data.padding_free to false"
+        ) from error
+    if change > _tolerance(classifier.model):
+        raise ModelError(
+            f"{type(classifier.model).__name__} computes something else without padding ({_share(change)}); set "
+            "data.padding_free to false"
         )
 
 

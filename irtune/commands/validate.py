@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irtune.adapters.build import add_adapters
+from irtune.adapters.build import add_adapters, leave_out_padding
 from irtune.adapters.guard import check_length, watch
 from irtune.commands.common import add_json, at_least, parser, show, show_json
 from irtune.config import Config, load_config
@@ -164,8 +164,9 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     check_tokens(classifier, encoded.values())
     guard = watch(classifier, encoded["train"], patient=True)
     model, table = add_adapters(classifier, config.adapter)
+    packed = leave_out_padding(config, classifier, table)
     if guard is not None:
-        guard.check(model, table, config.adapter)
+        guard.check(model, table, config.adapter, packed=packed)
     check_will_load(model)
     if config.model.start_from is not None:
         start_from(config.model.start_from, model, table, config.adapter, corpus.labels)

@@ -277,6 +277,11 @@ def _check_batch(config: Config) -> list[str]:
         problems.append(
             f"optim.micro_batch_tokens is {optim.micro_batch_tokens}; accepted: at least data.max_length, {longest}"
         )
+    if optim.micro_batch_tokens is not None and config.data.padding_free is True:
+        problems.append(
+            f"optim.micro_batch_tokens {optim.micro_batch_tokens} puts texts of like lengths together to be padded, "
+            "and data.padding_free does without padding; remove one of the two"
+        )
     if optim.micro_batch_tokens is not None and optim.global_batch_size is not None:
         problems.append(
             f"optim.global_batch_size {optim.global_batch_size} counts examples, but optim.micro_batch_tokens "

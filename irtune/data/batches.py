@@ -30,6 +30,7 @@ class BatchSampler:
         seed: int,
         bucket: int = 50,
         tokens: int | None = None,
+        packed: bool = False,
     ):
         """Draw steps of `micro_batches` micro-batches (M = ranks x accumulation).
 
@@ -40,6 +41,8 @@ class BatchSampler:
             seed: of the order.
             bucket: global batches that are sorted by length together: more of them means less padding, and less
                 randomness in who meets whom. 1: a global batch is a random one, sorted into its micro-batches.
+            packed: no padding, so that every global batch is a random one, whose examples are dealt out to its
+                micro-batches so that all of them have about as many tokens.
             tokens: a micro-batch holds as many examples as fit into so many tokens and padding, instead of
                 `micro_batch_size`: all of them are about the same work. Epochs may then differ by a few steps.
 
@@ -48,6 +51,7 @@ class BatchSampler:
         """
         self.lengths, self.seed, self.bucket, self.tokens = lengths, seed, bucket, tokens
         self.micro_batch_size, self.micro_batches = micro_batch_size, micro_batches
+        self.packed = packed
         self._epoch: tuple[int, list[list[int]]] | None = None
         self._starts = [0]  # first steps of those epochs that are known, with `tokens`
         if tokens is not None:
@@ -118,13 +122,22 @@ class BatchSampler:
     def _cut(self, order: list[int]) -> list[list[int]]:
         """Micro-batches of equally many examples."""
         size = self.micro_batch_size
-        at_once = self.bucket * size * self.micro_batches
-        batches = []
+        at_once = (1 if self.packed else self.bucket) * size * self.micro_batches
+        batches: list[list[int]] = []
         order = order[: self.steps_per_epoch * size * self.micro_batches]
         for start in range(0, len(order), at_once):
             bucket = sorted(order[start : start + at_once], key=lambda i: (self.lengths[i], i))
-            batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+            if self.packed:
+                batches += self._deal(bucket)
+            else:
+                batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
         return batches
+
+    def _deal(self, ordered: list[int]) -> list[list[int]]:
+        """A global batch in its order of lengths to M micro-batches: to the first first, then to the last first."""
+        per_step = self.micro_batches
+        rounds = [ordered[i : i + per_step] for i in range(0, len(ordered), per_step)]
+        return [list(batch) for batch in zip(*(dealt[:: 1 - 2 * (n % 2)] for n, dealt in enumerate(rounds)))]
 
     def _fill(self, order: list[int], tokens: int) -> list[list[int]]:
         """Micro-batches of as many examples as fit into `tokens`; at least M of them."""
@@ -149,8 +162,12 @@ class BatchSampler:
         return batches
 
 
-def build_sampler(encoded: Sequence[dict[str, list[int]]], config: Config, micro_batches: int) -> BatchSampler:
+def build_sampler(
+    encoded: Sequence[dict[str, list[int]]], config: Config, micro_batches: int, *, packed: bool = False
+) -> BatchSampler:
     """The sampler of a run with `micro_batches` micro-batches per step, over the `encoded` training examples.
+
+    packed: the model trains without padding.
 
     Raises:
         ConfigError: as `BatchSampler`.
@@ -163,6 +180,7 @@ def build_sampler(encoded: Sequence[dict[str, list[int]]], config: Config, micro
         config.run.seed,
         config.data.length_bucket,
         optim.micro_batch_tokens,
+        packed,
     )
 
 
@@ -222,13 +240,14 @@ def collate(
     labels: Sequence[Any] | None = None,
     device: torch.device | None = None,
     lengths: PaddedLengths | None = None,
+    packed: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Pad to the longest example of the batch, or to the next of `lengths`, on the right.
 
     Returns:
         input_ids and attention_mask, int64 [batch, length]; token_type_ids and edit_mask where the examples have them;
         labels when given: targets, int64 [batch] for one label per example. attention_mask.padded says whether it
-        holds a 0.
+        holds a 0, and where `packed`, attention_mask.lengths is the list of the examples' lengths.
     """
     length = max(len(item["input_ids"]) for item in encoded)
     if lengths is not None:
@@ -253,4 +272,6 @@ def collate(
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     # For kernels/masks.py: on a GPU, to look at the mask is to wait for it.
     batch["attention_mask"].padded = any(len(item["input_ids"]) < length for item in encoded)  # type: ignore[attr-defined]
+    if packed:  # for models/packing.py
+        batch["attention_mask"].lengths = [len(item["input_ids"]) for item in encoded]  # type: ignore[attr-defined]
     return batch

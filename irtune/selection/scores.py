@@ -13,6 +13,7 @@ from torch import nn
 
 from irtune.adapters import LayerTable
 from irtune.distributed import runtime
+from irtune.models.packing import tokens_of
 
 GRADIENT_SCORES = ("rms", "global", "reference", "resnorm", "ratio")
 WEIGHT_SCORES = ("weight", "ratio")  # which need each layer's projection
@@ -53,7 +54,7 @@ class LayerScores:
         """Gather from the forward and backward pass inside the block.
 
         Args:
-            attention_mask: [batch, length], 1 for tokens and 0 for padding.
+            attention_mask: [batch, length], 1 for tokens and 0 for padding, as `collate` makes it.
             all_layers: score frozen layers too; for gradients, inside `Engine.reaching_all_layers`. They are thrown
                 away inside the backward pass, and the layers are frozen again before the optimizer could see them.
             factor: what gradients must be multiplied with to be those of the micro-batch's mean loss (undoes the
@@ -114,15 +115,18 @@ class LayerScores:
                         values = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
                     else:
                         values = before.float().square().mean(-1)
-                    self._token_sums[layer] += (values * attention_mask).sum().double()
-                    self._tokens[layer] += attention_mask.sum().double()
+                    tokens = tokens_of(attention_mask, before)
+                    self._token_sums[layer] += (values * tokens).sum().double()
+                    self._tokens[layer] += tokens.sum().double()
 
             return hook
 
         for layer, module in enumerate(self.table.modules):
             if self.kind == "cosine":
                 self._scored.add(layer)
-            cleanup.callback(module.register_forward_hook(compare(layer), with_kwargs=True).remove)
+            # First of all hooks: one behind the last layer pads its output.
+            hook = module.register_forward_hook(compare(layer), with_kwargs=True, prepend=True)
+            cleanup.callback(hook.remove)
 
     def reduce(self) -> list[float | None]:
         """Scores over all ranks since the last reset, one per layer; None for layers that were not scored.

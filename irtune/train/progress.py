@@ -68,12 +68,12 @@ class Window:
         self._losses: list[torch.Tensor] = []
         self.tokens = self.examples = self.positions = 0  # positions: tokens and padding
 
-    def count(self, micro_batches: list[list[int]]) -> None:
-        """A step of micro-batches, whose examples have so many tokens and are padded to the longest of them."""
+    def count(self, micro_batches: list[list[int]], *, packed: bool = False) -> None:
+        """A step of micro-batches, whose examples have so many tokens; if not `packed`, padded to the longest."""
         for lengths in micro_batches:
             self.tokens += sum(lengths)
             self.examples += len(lengths)
-            self.positions += max(lengths) * len(lengths)
+            self.positions += sum(lengths) if packed else max(lengths) * len(lengths)
 
     def add(self, done: CompletedStep) -> None:
         """A step was made."""

@@ -89,7 +89,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What must be equal for a checkpoint to be continued: not where the corpus lies, but what it holds."""
     optim = {key: value for key, value in vars(config.optim).items() if key not in DERIVED}
-    places = ("path", "config", "train", "dev", "test", "synonyms", "pseudo")
+    places = ("path", "config", "train", "dev", "test", "synonyms", "pseudo", "padding_free")
     return {
         "model": {key: value for key, value in vars(config.model).items() if key not in HARMLESS},
         "adapter": vars(config.adapter),
@@ -101,7 +101,13 @@ def run_identity(
         "training_lengths": runtime.derived_seed(*sampler.lengths),
         "seed": config.run.seed,
         "synonyms": synonyms or None,
+        "padding_free": sampler.packed or None,  # what the run does, whatever it was asked for
     }
+
+
+def began_without_padding(folder: Path | None) -> bool | None:
+    """Whether the run of a checkpoint did without padding, as older ones never did; None without a checkpoint."""
+    return None if folder is None else bool(read_state(folder)["run"].get("padding_free"))
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from irtune.adapters import AdapterTraits, LayerTable, Suppression, adapter_traits, add_adapters
+from irtune.adapters.build import leave_out_padding
 from irtune.adapters.guard import check_length, watch
 from irtune.adapters.schedule import Schedule
 from irtune.config import Config, write_config
@@ -53,7 +54,7 @@ from irtune.selection.scores import WEIGHT_SCORES, LayerScores
 from irtune.selection.signal_noise import layer_ratios
 from irtune.train.checkpoint import Checkpoints
 from irtune.train.layer_selection import SelectionMethod
-from irtune.train.resume import ResumePoint, find_checkpoint, resume_from, run_identity
+from irtune.train.resume import ResumePoint, began_without_padding, find_checkpoint, resume_from, run_identity
 from irtune.train.training_data import TrainingData, Variant
 
 log = logging.getLogger("irtune")
@@ -137,13 +138,14 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
     with runtime.shared_errors():
         encoded = encoder.encode_corpus(corpus)
         check_tokens(classifier, encoded.values())
-        variant = _variant(config, corpus, encoder, synonyms)
-        data = _training_data(config, corpus, encoded, classifier, world, variant)
         projections, ratios = _score_constants(config, classifier)  # before adapters wrap the modules
         guard = watch(classifier, encoded["train"])
         module, table = add_adapters(classifier, config.adapter)
+        packed = leave_out_padding(config, classifier, table, began_without_padding(latest))
         if guard is not None:
-            guard.check(module, table, config.adapter)
+            guard.check(module, table, config.adapter, packed=packed)
+        variant = _variant(config, corpus, encoder, synonyms)
+        data = _training_data(config, corpus, encoded, classifier, world, variant, packed)
         check_will_load(module)
         _check_training(config, module, table, len(corpus.labels))
         traits, suppresses = adapter_traits(config.adapter), methods()[config.tuning.method].suppresses
@@ -214,8 +216,10 @@ def _training_data(
     classifier: Classifier,
     world: World,
     variant: Variant | None,
+    packed: bool,
 ) -> TrainingData:
-    sampler = build_sampler(encoded["train"], config, world.size * config.optim.gradient_accumulation_steps)
+    micro_batches = world.size * config.optim.gradient_accumulation_steps
+    sampler = build_sampler(encoded["train"], config, micro_batches, packed=packed)
     return TrainingData(
         corpus,
         encoded,
@@ -227,6 +231,7 @@ def _training_data(
         padded=padded_lengths(config, world.device),
         variant=variant,
         mixup=config.optim.mixup,
+        packed=packed,
     )
 
 

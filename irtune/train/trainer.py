@@ -142,7 +142,7 @@ class Trainer:
         lengths = self.data.lengths(step)
         per_batch = sum(map(len, lengths)) / len(lengths)  # examples of all ranks, on average
         runtime.doing(f"batch of step {step + 1}")
-        self.window.count(lengths)
+        self.window.count(lengths, packed=self.data.packed)
         for batch in self.data.batches(step):
             examples, tokens = batch["input_ids"].shape
             runtime.doing(f"gradients of step {step + 1}, a micro-batch of {examples} x {tokens} tokens")

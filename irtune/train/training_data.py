@@ -37,6 +37,7 @@ class TrainingData:
         padded: PaddedLengths | None = None,
         variant: Variant | None = None,
         mixup: float = 0.0,
+        packed: bool = False,
     ):
         """Keep them.
 
@@ -47,8 +48,9 @@ class TrainingData:
             padded: see `collate`.
             variant: of the training examples. None: as they are `encoded`, in all epochs.
             mixup: `optim.mixup`.
+            packed: the model trains without padding.
         """
-        self.padded, self.variant, self.mixup = padded, variant, mixup
+        self.padded, self.variant, self.mixup, self.packed = padded, variant, mixup, packed
         self.corpus, self.encoded, self.sampler, self.max_steps = corpus, encoded, sampler, max_steps
         self.pad_token_id, self.device, self.seed = pad_token_id, device, seed
         self.weighted = any(example.weight != 1 for example in corpus.splits["train"])
@@ -82,7 +84,7 @@ class TrainingData:
         examples, encoded = self.corpus.splits["train"], self.encoded["train"]
         labels = [self.corpus.task.target(examples[i].label, len(self.corpus.labels)) for i in positions]
         seen = [encoded[i] if self.variant is None else self.variant(i, epoch) for i in positions]
-        batch = collate(seen, self.pad_token_id, labels, self.device, self.padded)
+        batch = collate(seen, self.pad_token_id, labels, self.device, self.padded, self.packed)
         if self.weighted:
             batch[WEIGHTS] = torch.tensor([examples[i].weight for i in positions], device=self.device)
         return batch

@@ -174,7 +174,7 @@ def run_here(file: Path, *arguments: str) -> tuple[dict, list[str]]:
 def quick(tmp_path_factory):
     """The JSON of a quick run of all sides, and the picture."""
     file = tmp_path_factory.mktemp("speed") / "speed.json"
-    result, command = run_here(file, "--profile", "e", "--sides", "abcdefg")
+    result, command = run_here(file, "--profile", "e", "--sides", "abcdefgh")
     assert command[0] == sys.executable and command[1].endswith("speed/__main__.py")
     return result, file.with_suffix(".png")
 
@@ -183,7 +183,7 @@ def quick(tmp_path_factory):
 def test_all_sides_ran_on_as_many_examples(quick):
     result, _ = quick
     sides = result["sides"]
-    assert list(sides) == list("abcdefg")
+    assert list(sides) == list("abcdefgh")
     for letter, side in sides.items():
         assert len(side["rounds"]) == 2
         for entry in side["rounds"]:
@@ -196,6 +196,7 @@ def test_all_sides_ran_on_as_many_examples(quick):
     peaks = {letter: side["peak_memory_bytes"] for letter, side in sides.items()}
     assert peaks["f"] is None and 0 < peaks["a"] < peaks["b"] and 0 < peaks["c"] < peaks["d"]
     assert sides["d"]["padding_share"] > sides["c"]["padding_share"]
+    assert sides["h"]["padding_share"] == 0 < sides["a"]["padding_share"]
     assert sides["f"]["rounds"][0]["tokens"] == sides["a"]["rounds"][0]["tokens"]
 
 
@@ -279,7 +280,7 @@ def test_the_start_ends_with_the_first_step(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--sides", "fa"], "--sides is 'fa'; accepted: some of abcdefg, f only after a"),
+        (["--sides", "fa"], "--sides is 'fa'; accepted: some of abcdefgh, f only after a"),
         (["--model", "/nowhere"], "--model: there is no folder /nowhere"),
         (["--model", "."], "--data is None; accepted: a corpus (default: iterater in the folder IRTUNE_DATA)"),
         (["--device", "cuda"], "--device is cuda, and there is no GPU; accepted: cpu"),

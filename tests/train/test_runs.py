@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from irtune.engine import Engine
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_cases, run_ranks
 from tests.support.runs import launch, losses, records, selections, train
 from tests.support.tiny import Rig, tiny_config
 
@@ -96,6 +96,23 @@ def test_other_architectures_agree_over_splits_and_stages(request, corpus, tmp_p
     for folder in folders[1:]:
         assert selections(folder) == selections(folders[0])
         assert losses(folder) == pytest.approx(losses(folders[0]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_without_padding_a_run_is_the_same(gpt2, corpus, tmp_path):
+    """On the same examples: a step's only micro-batch is sorted by length, or not."""
+    kinds = [(0, "false", "false"), (0, "true", "false"), (3, "true", "true")]
+    configs = [
+        tiny_config(gpt2, corpus, tmp_path / f"run{number}", stage, optim__max_steps=4, data__padding_free=packed,
+                    data__length_bucket=1, model__gradient_checkpointing=recomputed)
+        for number, (stage, packed, recomputed) in enumerate(kinds)
+    ]  # fmt: skip
+    assert run_cases(train, 1, [(config,) for config in configs]) == [[None]] * 3
+    padded, *others = (tmp_path / f"run{number}" for number in range(3))
+    for other in others:
+        assert losses(other) == pytest.approx(losses(padded), rel=1e-5)
+        assert selections(other) == selections(padded)
+        assert records(other, "train")[0]["padding_share"] == 0 < records(padded, "train")[0]["padding_share"]
 
 
 def test_the_files_of_a_run(base, corpus):

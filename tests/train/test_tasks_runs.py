@@ -25,6 +25,7 @@ OPTIONS = {
     "mixing": {"data__label": "one", "optim__mixup": 0.4, "optim__contrastive": 0.5, "data__augment": "eda",
                "model__pooling": "mean", "model__head": "mlp"},
     "contrast": {"data__label": "one", "optim__contrastive": 0.5, "adapter__type": "prompt"},
+    "packed": {"data__label": "one", "data__padding_free": "true"},
     "value": {"data__task": "regression", "data__label": "value", "optim__lr": 0.001},
 }  # fmt: skip
 

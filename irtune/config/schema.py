@@ -177,7 +177,7 @@ class DataConfig:
     length_bucket: Annotated[int, Range(1)] = 50
     """Global batches whose examples are sorted by length together: less padding. Where labels go with length (an empty
     text), batches then lean to a label; 1 makes every global batch a random one."""
-    padding_free: bool | Literal["auto"] = False
+    padding_free: bool | Literal["auto"] = "auto"
     """Train without padding: inside the layers, the texts of a micro-batch stand one after another in one row, and
     attention ends where a text ends. Global batches are then random ones, and length_bucket has no effect. Models and
     settings that need padding are named, and get it. auto: on CPUs, where it has been measured, and not with

@@ -29,6 +29,7 @@ def announce(trainer: Trainer, world: World) -> None:
         f"batch: {size} x {optim.gradient_accumulation_steps} accumulation x {world.size} ranks = "
         f"{data.sampler.examples_per_step:,} examples per step, "
         f"{data.max_steps} steps ({data.sampler.steps_per_epoch} per epoch)"
+        + (", without padding, in random batches" if data.packed else "")
     )
 
 

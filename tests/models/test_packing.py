@@ -1,6 +1,8 @@
 """Layers without padding: the same numbers, from texts that stand one after another."""
 
 import itertools
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +12,15 @@ from irtune.adapters import LayerTable
 from irtune.adapters.build import add_adapters, leave_out_padding
 from irtune.adapters.guard import watch
 from irtune.config import AdapterConfig, ModelConfig
-from irtune.data import BatchSampler, collate
-from irtune.errors import ModelError
+from irtune.data import BatchSampler, Corpus, collate
+from irtune.distributed import runtime
+from irtune.errors import CheckpointError, ModelError
 from irtune.memory.measure import LiveTensors
 from irtune.models import load_classifier
 from irtune.models.kernels import packed
 from irtune.models.kernels.packed import Row, products_by_text
 from irtune.selection.scores import LayerScores
+from irtune.train.resume import began_without_padding, check_same_run, run_identity
 from tests.support import tiny, zoo
 
 PACKED = {"gpt2", "qwen2", "mixtral", "bert", "roberta", "modernbert", "mpnet", "gemma3"}
@@ -252,3 +256,36 @@ def test_memory_is_that_of_tokens(box):
             passed(model, table, batch)
         peaks.append(live.peak)
     assert peaks[1] / peaks[0] == pytest.approx(sum(LENGTHS) / len(LENGTHS) / max(LENGTHS), abs=0.2)
+
+
+# ----- what auto means -----
+
+
+@pytest.mark.quick
+def test_auto_is_for_cpus_and_goes_on_as_a_run_began(box, monkeypatch):
+    def packs(began: bool | None = None, **options) -> bool:
+        classifier = load_classifier(ModelConfig(name_or_path=str(zoo.build("bert", box))), list(zoo.LABELS))
+        config = tiny.tiny_config(box / "bert", box, box / "run", data__padding_free="auto", **options)
+        return leave_out_padding(config, classifier, add_adapters(classifier, config.adapter)[1], began)
+
+    assert packs() and packs(True) and not packs(False)
+    assert not packs(optim__micro_batch_tokens="64")
+    monkeypatch.setattr(runtime, "read_world", lambda: SimpleNamespace(device=torch.device("cuda")))
+    assert packs(True) and not packs()
+
+
+@pytest.mark.quick
+def test_an_older_run_keeps_its_padding(tmp_path):
+    saved: dict[str, Any] = {"data": {"length_bucket": 50}}
+    (tmp_path / "state.json").write_text(json.dumps({"run": saved, "progress": {}}))
+    assert began_without_padding(None) is None and began_without_padding(tmp_path) is False
+    (tmp_path / "state.json").write_text(json.dumps({"run": saved | {"padding_free": True}, "progress": {}}))
+    assert began_without_padding(tmp_path) is True
+    corpus, sampler = Corpus({"train": []}, ["a", "b"]), BatchSampler([5] * 8, 4, 1, 0)
+    config = tiny.tiny_config(tmp_path / "model", tmp_path, tmp_path / "run", data__padding_free="auto")
+    now = run_identity(config, corpus, sampler, 3)
+    older = {name: value for name, value in now.items() if name != "padding_free"}
+    check_same_run(older, now, tmp_path)
+    without = run_identity(config, corpus, BatchSampler([5] * 8, 4, 1, 0, packed=True), 3)
+    with pytest.raises(CheckpointError, match="padding_free was None and is True"):
+        check_same_run(older, without, tmp_path)

@@ -108,6 +108,7 @@ def tiny_config(model: Path, corpus: Path, output: Path, stage: int = 2, **overr
         "adapter.r": 4,
         "data.path": corpus,
         "data.max_length": 64,
+        "data.padding_free": "false",
         "data.prompt": "tagged",
         "model.pooling": "class",
         "tuning.interval": 2,

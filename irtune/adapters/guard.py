@@ -47,8 +47,8 @@ class Guard:
     texts: list[Text]
     outputs: torch.Tensor
 
-    def check(self, model: nn.Module, table: LayerTable, adapter: AdapterConfig, *, packed: bool = False) -> None:
-        """Look at the model with its adapters; `packed`: its layers do without padding.
+    def check(self, model: nn.Module, table: LayerTable, adapter: AdapterConfig) -> None:
+        """Look at the model with its adapters.
 
         Raises:
             ModelError: when it computes something else than it should; names the setting to change.
@@ -65,8 +65,6 @@ class Guard:
                 )
         batch = _together(self.classifier, model, self.texts)
         _check_padding(self.classifier, alone, batch, f"adapter.type {kind.name}: ")
-        if packed:
-            _check_packing(self.classifier, alone, model, self.texts)
         if kind.pretrained:  # their gradients would fill as much memory as the model
             return
         unmoved = _without_gradient(self.classifier, model, table, self.texts)
@@ -77,6 +75,25 @@ class Guard:
                 f"adapter.type {kind.name}: {unmoved[0]} ({len(unmoved)} such parameters) gets no gradient in "
                 f"{name}; set adapter.target_modules to modules that the model calls"
             )
+
+    def allows_packing(self, model: nn.Module, *, insist: bool) -> bool:
+        """Whether the model computes the same when its layers do without padding, for which they are ready.
+
+        Raises:
+            ModelError: where it does not and the user did `insist`; else a line of the log says so.
+        """
+        name, alone = type(self.classifier.model).__name__, _alone(self.classifier, model, self.texts)
+        try:
+            change = _difference(alone, _together(self.classifier, model, self.texts, packed=True))
+            reason = f"{name} computes something else without padding ({_share(change)})"
+        except (RuntimeError, IndexError) as error:  # a layer that takes something of every token that nobody knew of
+            change, reason = float("inf"), f"{name} cannot compute without padding ({one_line(error)})"
+        if change <= _tolerance(self.classifier.model):
+            return True
+        if insist:
+            raise ModelError(f"{reason}; set data.padding_free to false")
+        log.info("data.padding_free: %s; texts are padded", reason)
+        return False
 
 
 def check_length(config: Config, classifier: Classifier) -> None:
@@ -221,21 +238,6 @@ def _check_padding(classifier: Classifier, alone: torch.Tensor, together: torch.
             f"text padded in a batch ({_share(change)}), so its predictions would depend on the batch; set "
             + ("adapter.type to lora or bottleneck" if before else "model.attn_implementation to eager")
             + ", or model.name_or_path to another model"
-        )
-
-
-def _check_packing(classifier: Classifier, alone: torch.Tensor, model: nn.Module, texts: list[Text]) -> None:
-    try:
-        change = _difference(alone, _together(classifier, model, texts, packed=True))
-    except (RuntimeError, IndexError) as error:  # a layer that takes something of every token that nobody knew of
-        raise ModelError(
-            f"{type(classifier.model).__name__} cannot compute without padding ({one_line(error)}); set "
-            "data.padding_free to false"
-        ) from error
-    if change > _tolerance(classifier.model):
-        raise ModelError(
-            f"{type(classifier.model).__name__} computes something else without padding ({_share(change)}); set "
-            "data.padding_free to false"
         )
 
 

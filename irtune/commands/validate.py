@@ -166,7 +166,9 @@ def _check_model(config: Config, corpus: Corpus, encoded: dict[str, Any]) -> Non
     model, table = add_adapters(classifier, config.adapter)
     packed = leave_out_padding(config, classifier, table)
     if guard is not None:
-        guard.check(model, table, config.adapter, packed=packed)
+        guard.check(model, table, config.adapter)
+        if packed:
+            guard.allows_packing(model, insist=config.data.padding_free is True)
     check_will_load(model)
     if config.model.start_from is not None:
         start_from(config.model.start_from, model, table, config.adapter, corpus.labels)

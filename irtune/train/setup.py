@@ -143,7 +143,8 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         module, table = add_adapters(classifier, config.adapter)
         packed = leave_out_padding(config, classifier, table, began_without_padding(latest))
         if guard is not None:
-            guard.check(module, table, config.adapter, packed=packed)
+            guard.check(module, table, config.adapter)
+            packed = packed and guard.allows_packing(module, insist=config.data.padding_free is True)
         variant = _variant(config, corpus, encoder, synonyms)
         data = _training_data(config, corpus, encoded, classifier, world, variant, packed)
         check_will_load(module)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_bf16_on_cpus_has_rows_of_few_lengths(box, name):
     plain, without = (passed(model, table, collate(inputs, zoo.PAD, packed=packed))[0] for packed in (False, True))
     assert shapes[1] == (1, 128)  # 64 tokens, and room for 15 places that the last text's products read besides
     exact = passed(*adapted(box, name, "float32")[:2], collate(inputs, zoo.PAD))[0]
-    assert (without - exact).norm() < max(1.5 * (plain - exact).norm(), 0.02 * exact.norm())
+    # bf16 has 8 bits; a key of another text, or of none, makes a difference of the outputs' own size.
+    assert (plain - exact).norm() < 0.1 * exact.norm() and (without - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.quick
@@ -110,21 +112,26 @@ def test_what_needs_padding_is_named(box, caplog):
 
 
 @pytest.mark.quick
-def test_the_guard_looks_at_the_row(box, monkeypatch):
+def test_the_guard_looks_at_the_row(box, monkeypatch, caplog):
     settings = ModelConfig(name_or_path=str(zoo.build("bert", box)), dtype="float32")
     classifier = load_classifier(settings, list(zoo.LABELS))
     guard = watch(classifier, texts()[:3])
     config = tiny.tiny_config(box / "bert", box, box / "run", data__padding_free="true")
     model, table = add_adapters(classifier, AdapterConfig(r=4))
     assert leave_out_padding(config, classifier, table)
-    guard.check(model, table, config.adapter, packed=True)
+    assert guard.allows_packing(model, insist=True)
     unpack = Row.unpack
-    monkeypatch.setattr(Row, "unpack", lambda row, states: unpack(row, states.roll(1, 1)))
-    with pytest.raises(ModelError, match=r"something else without padding .*; set data\.padding_free to false"):
-        guard.check(model, table, config.adapter, packed=True)
-    monkeypatch.setattr(Row, "unpack", lambda row, states: states.view(7, -1))
-    with pytest.raises(ModelError, match="cannot compute without padding"):
-        guard.check(model, table, config.adapter, packed=True)
+    harm = {
+        "computes something else without padding": lambda row, states: unpack(row, states.roll(1, 1)),
+        "cannot compute without padding": lambda row, states: states.view(7, -1),
+    }
+    for sentence, broken in harm.items():
+        monkeypatch.setattr(Row, "unpack", broken)
+        with pytest.raises(ModelError, match=rf"{sentence} .*; set data\.padding_free to false"):
+            guard.allows_packing(model, insist=True)
+        with caplog.at_level(logging.INFO, "irtune"):
+            assert not guard.allows_packing(model, insist=False)
+        assert f"BertForSequenceClassification {sentence}" in caplog.text
 
 
 @pytest.mark.quick

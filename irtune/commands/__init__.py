@@ -8,7 +8,7 @@ COMMANDS = {
     "train": ("", "fine-tune a model; the same as train.py"),
     "predict": ("predict", "label texts with a finished run"),
     "evaluate": ("evaluate", "metrics, intervals, calibration and worst mistakes of a run on a corpus"),
-    "export": ("export", "the adapter with a model card, or the merged model"),
+    "export": ("export", "the adapter with a model card, the merged model, or an ONNX graph"),
     "inspect": ("inspect", "which layers a run trained, with what scores and state"),
     "report": ("report", "one page about a run, or about several side by side"),
     "serve": ("serve", "a run that answers over HTTP"),

@@ -63,7 +63,7 @@ def check_round_trip(
         noise = torch.randn(parameter.shape, generator=generator) * STIR * (spread or 1.0)
         parameter.add_(noise.to(parameter))
     with tempfile.TemporaryDirectory() as place:
-        _write(Path(place) / "adapter", config, model, table, classifier, labels)
+        write_as_trained(Path(place) / "adapter", config, model, table, classifier, labels)
         compare_loaded(Path(place), config, model, labels, texts)
 
 
@@ -93,7 +93,7 @@ def compare_loaded(
         )
 
 
-def _write(
+def write_as_trained(
     folder: Path, config: Config, model: nn.Module, table: LayerTable, classifier: Classifier, labels: Sequence[str]
 ) -> None:
     """Adapters and head, in the format in which the engine writes them."""

@@ -1,10 +1,9 @@
 """The README of an export: what the model is, what it learnt from, how good it is, and code that runs it."""
 
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from irtune.config import Config, ModelConfig
 from irtune.config.declarations import adapter_kinds
@@ -12,6 +11,7 @@ from irtune.data import Encoder, Example
 from irtune.tasks import task_of
 
 PAIRS = (("He go to school every day.", "He goes to school every day."), ("", "A sentence was added here."))
+Form = Literal["adapter", "merged", "onnx"]
 FOLDER = "THIS_FOLDER"  # stands for the export's own folder in the code
 
 
@@ -42,11 +42,13 @@ tags: [irtune, text-revision]
 
 ## Use
 
-On the command line: `python -m irtune predict --run {folder} --input new.csv --output labelled.csv`. In Python:
+{use}
 
 {fence}python
 {code}
 {fence}
+
+{more}
 
 ## Licence
 
@@ -54,13 +56,22 @@ That of the base model and of the corpus; irtune itself is Apache-2.0.
 """
 
 
+COMMAND = (
+    f"On the command line: `python -m irtune predict --run {FOLDER} --input new.csv --output labelled.csv`. In Python:"
+)
+GRAPH = "In Python, with onnxruntime and transformers:"
+
+
 def model_card(
-    config: Config, results: dict[str, Any], encoder: Encoder, *, merged: bool, padding_side: str = "right"
+    config: Config, results: dict[str, Any], encoder: Encoder, *, form: Form, more: str, padding_side: str = "right"
 ) -> str:
-    """The text of README.md. padding_side: where the model wants its padding, right or left."""
+    """The text of README.md. more: a section after the code. padding_side: where the model wants it, right or left."""
+    merged = form == "merged"
     labels, data, pooled = list(results["dev"]["per_class"]), config.data, config.model.pooling != "class"
     task, peft = task_of(data), adapter_kinds()[config.adapter.type].peft_format and not pooled
-    if task.name != "single_label":
+    if form == "onnx":
+        code = _onnx_code(config, labels, encoder)
+    elif task.name != "single_label":
         code = _irtune_code(config)
     elif pooled and merged and encoder.marks_edits:
         code = _pooled_code(config.model, labels)
@@ -76,9 +87,9 @@ def model_card(
     ever = [str(layer) for layer, steps in enumerate(results["steps_per_layer"]) if steps]
     return CARD.format(
         base=config.model.name_or_path,
-        library="transformers" if merged else "peft" if peft else "irtune",
+        library="onnx" if form == "onnx" else "transformers" if merged else "peft" if peft else "irtune",
         name=Path(config.run.output_dir).name,
-        what="Merged model" if merged else "Adapter",
+        what={"adapter": "Adapter", "merged": "Merged model", "onnx": "ONNX graph"}[form],
         adapter=config.adapter.type,
         version=results["versions"]["irtune"],
         method=config.tuning.method,
@@ -96,7 +107,8 @@ def model_card(
         metrics=" | ".join(task.headline.values()),
         line="--- |" + " --- |" * (1 + len(task.headline)),
         rows="\n".join(rows),
-        folder=FOLDER,
+        use=GRAPH if form == "onnx" else COMMAND,
+        more=more,
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0)),
         code=code,
     )
@@ -121,9 +133,6 @@ def _transformers_code(
     trust = ", trust_remote_code=True" if config.model.trust_remote_code else ""
     adapter = [] if merged else [f'model = PeftModel.from_pretrained(model, "{FOLDER}")']
     rounded = config.model.quantization
-    written = encoder.tokenizer.decode(
-        [*encoder.head, *_ids(encoder, "BEFORE"), *encoder.middle, *_ids(encoder, "AFTER"), *encoder.tail]
-    )
     return "\n".join([
         "import torch",
         *([] if merged else ["from peft import PeftModel"]),
@@ -131,9 +140,7 @@ def _transformers_code(
         "",
         f"BASE = {(FOLDER if merged else config.model.name_or_path)!r}",
         f"LABELS = {list(labels)!r}",
-        f"MAX_LENGTH = {encoder.max_length}",
-        f"# {'A pair' if encoder.has_pair else 'A text'} is written as {written!r}. These tokens are never cut:",
-        f"HEAD, MIDDLE, TAIL = {encoder.head}, {encoder.middle}, {encoder.tail}",
+        *_around(encoder),
         "",
         f"tokenizer = AutoTokenizer.from_pretrained(BASE{trust})",
         "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token",
@@ -149,6 +156,57 @@ def _transformers_code(
         "model.config.pad_token_id = tokenizer.pad_token_id",
         *adapter,
         "model.eval()",
+        *_encoding(encoder),
+        f'batch = tokenizer.pad(encoded, padding_side="{padding_side}", return_tensors="pt")',
+        "with torch.no_grad():",
+        "    probabilities = model(**batch).logits.softmax(-1)",
+        "for example, row in zip(examples, probabilities):",
+        "    print(model.config.id2label[int(row.argmax())], round(float(row.max()), 3), example)",
+    ])  # fmt: skip
+
+
+def _onnx_code(config: Config, labels: Sequence[str], encoder: Encoder) -> str:
+    """Code that needs onnxruntime and transformers only and gives the run's logits."""
+    start = [
+        "import numpy as np",
+        "from onnxruntime import InferenceSession",
+        "from transformers import AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")',
+        f'session = InferenceSession("{FOLDER}/model.onnx", providers=["CPUExecutionProvider"])',
+        f"LABELS = {list(labels)!r}",
+    ]
+    run = 'logits = session.run(["logits"], {one.name: batch[one.name] for one in session.get_inputs()})[0]'
+    show = {
+        "single_label": ["print([LABELS[row.argmax()] for row in logits])"],
+        "multi_label": ["print([[name for name, value in zip(LABELS, row) if value > 0] for row in logits])"],
+        "regression": ["print(logits[:, 0])"],
+    }[task_of(config.data).name]
+    if encoder.is_diff:
+        edits = ['batch["edit_mask"] = np.array([edits], dtype=np.int64)'] if encoder.marks_edits else []
+        return "\n".join(["import re", "", *start, *_marked("batch", "np"), *edits, run, *show])
+    if not _is_simple(encoder):
+        made = "# batch: token ids as irtune makes them, load_run(RUN, DEVICE).encoder.encode(EXAMPLE), padded."
+        return "\n".join([*start, made, run, *show])
+    batch = 'batch = tokenizer.pad(encoded, padding_side="right", return_tensors="np")'
+    return "\n".join([*start, *_around(encoder), *_encoding(encoder), batch, run, *show])
+
+
+def _around(encoder: Encoder) -> list[str]:
+    """Constants for `_encoding`."""
+    written = encoder.tokenizer.decode(
+        [*encoder.head, *_ids(encoder, "BEFORE"), *encoder.middle, *_ids(encoder, "AFTER"), *encoder.tail]
+    )
+    return [
+        f"MAX_LENGTH = {encoder.max_length}",
+        f"# {'A pair' if encoder.has_pair else 'A text'} is written as {written!r}. These tokens are never cut:",
+        f"HEAD, MIDDLE, TAIL = {encoder.head}, {encoder.middle}, {encoder.tail}",
+    ]
+
+
+def _encoding(encoder: Encoder) -> list[str]:
+    """Code from two examples to their token ids."""
+    return [
         "",
         "",
         "def ids(text):",
@@ -160,12 +218,19 @@ def _transformers_code(
         "",
         *_examples(encoder.has_pair),
         "encoded = [encode(*example) for example in examples]",
-        f'batch = tokenizer.pad(encoded, padding_side="{padding_side}", return_tensors="pt")',
-        "with torch.no_grad():",
-        "    probabilities = model(**batch).logits.softmax(-1)",
-        "for example, row in zip(examples, probabilities):",
-        "    print(model.config.id2label[int(row.argmax())], round(float(row.max()), 3), example)",
-    ])  # fmt: skip
+    ]
+
+
+def _marked(encoded: str, tensors: str) -> list[str]:
+    """Code from a text with marked edits to its token ids, and `edits`, which says which of them are of edits."""
+    finds = r"""re.finditer(r"\[-.*?-\]|\{\+.*?\+\}", text, re.DOTALL)"""
+    return [
+        'text = "the [-blue-]{+red+} house"  # of a pair; irtune.data.diff writes it: render(diff(before, after)).text',
+        f'{encoded} = tokenizer(text, return_tensors="{tensors}", return_offsets_mapping=True)',
+        f'places = {encoded}.pop("offset_mapping")[0].tolist()',
+        f"spans = [found.span() for found in {finds}]",
+        "edits = [any(a < end and start < b for start, end in spans) for a, b in places]",
+    ]
 
 
 def _ids(encoder: Encoder, text: str) -> list[int]:
@@ -237,24 +302,20 @@ def _pooled_code(config: ModelConfig, labels: Sequence[str]) -> str:
     layers = 'linear(features, head["0.weight"], head["0.bias"])'
     if config.head == "mlp":
         layers = f'linear(gelu({layers}), head["2.weight"], head["2.bias"])'
-    finds = r"""re.finditer(r"\[-.*?-\]|\{\+.*?\+\}", text, re.DOTALL)"""
-    return textwrap.dedent(f"""\
-        import re
-
-        import torch
-        from safetensors.torch import load_file
-        from torch.nn.functional import gelu, linear
-        from transformers import AutoModel, AutoTokenizer
-
-        tokenizer, body = AutoTokenizer.from_pretrained("THIS_FOLDER"), AutoModel.from_pretrained("THIS_FOLDER")
-        head = load_file("THIS_FOLDER/head.safetensors")
-        text = "the [-blue-]{{+red+}} house"  # of a pair; irtune.data.diff writes it: render(diff(before, after)).text
-        encoded = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
-        places = encoded.pop("offset_mapping")[0].tolist()
-        spans = [found.span() for found in {finds}]
-        edits = [any(a < end and start < b for start, end in spans) for a, b in places]
-        with torch.no_grad():
-            states = body(**encoded).last_hidden_state[0]
-            features = torch.cat([{features}])
-            logits = {layers}
-        print({list(labels)!r}[logits.argmax()])""")
+    return "\n".join([
+        "import re",
+        "",
+        "import torch",
+        "from safetensors.torch import load_file",
+        "from torch.nn.functional import gelu, linear",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        f'tokenizer, body = AutoTokenizer.from_pretrained("{FOLDER}"), AutoModel.from_pretrained("{FOLDER}")',
+        f'head = load_file("{FOLDER}/head.safetensors")',
+        *_marked("encoded", "pt"),
+        "with torch.no_grad():",
+        "    states = body(**encoded).last_hidden_state[0]",
+        f"    features = torch.cat([{features}])",
+        f"    logits = {layers}",
+        f"print({list(labels)!r}[logits.argmax()])",
+    ])  # fmt: skip

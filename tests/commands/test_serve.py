@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from irtune import cli
+from benchmarks import serve as benchmark
+from irtune import __version__, cli
 from irtune.data.synthetic import synthetic_pairs
-from irtune.errors import ModelError
+from irtune.errors import DataError, ModelError
 from irtune.tasks import SINGLE_LABEL
+from tests.support.finished import finished_run
 
 pytest.importorskip("fastapi", reason="fastapi is not installed: irtune[serve] has it")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: irtune[serve] has it")
@@ -33,6 +35,8 @@ def stand_in(*, pairs: bool = True, sizes: list[int] | None = None):
     def predict(examples, batch_size):
         if any(example.before == "fail" for example in examples):
             raise ModelError("this text is too much")
+        if any(example.before == "blank" for example in examples):
+            raise DataError("example '0' has no text")
         if sizes is not None:
             sizes.append(len(examples))
         texts = [example.before if example.after is None else example.after for example in examples]
@@ -103,6 +107,11 @@ def test_answers_and_refusals():
             "the request has 4 texts; accepted: up to 3": (413, {"texts": [pair(1)] * 4}),
             "the request has more than 2,000 bytes; accepted: up to 2,000": (413, {"texts": [pair(3000)]}),
             "this text is too much": (500, {"texts": [{"before": "fail", "after": ""}]}),
+            "example '0' has no text": (422, {"texts": [{"before": "blank", "after": ""}]}),
+            "texts[0] has half a character (a surrogate of UTF-16 without the other)": (
+                422,
+                {"texts": [{"before": "a", "after": "\ud83d"}]},
+            ),
         }
         for sentence, (status, content) in refused.items():
             assert ask(port, "/predict", content) == (status, {"error": sentence})
@@ -126,6 +135,49 @@ def test_requests_that_wait_are_computed_together_and_none_is_lost():
         assert status == 200
         assert [row["probabilities"]["long"] for row in answer["predictions"]] == pytest.approx([n / 100 for n in sent])
     assert sum(sizes) == sum(map(len, asked)) and max(sizes) > 3 and len(sizes) < len(asked)
+
+
+@pytest.mark.quick
+def test_a_request_that_fails_does_not_take_along_those_that_wait_with_it():
+    sizes: list[int] = []
+    bad = {"before": "fail", "after": ""}, {"before": "blank", "after": ""}
+    asked = [[pair(number)] if number % 3 else [bad[number % 2]] for number in range(60)]
+    with served(stand_in(sizes=sizes)) as port, ThreadPoolExecutor(16) as clients:
+        found = list(clients.map(lambda rows: ask(port, "/predict", {"texts": rows}), asked))
+        assert ask(port, "/health") == (200, {"status": "ok", "waiting": 0})
+    for number, (status, answer) in enumerate(found):
+        if number % 3:
+            assert status == 200 and answer["predictions"][0]["probabilities"]["long"] == number / 100
+        else:
+            assert status == (422 if number % 2 else 500)
+
+
+@pytest.mark.quick
+def test_a_run_of_another_version_and_an_open_address_are_named(llama, corpus, tmp_path, capsys, monkeypatch):
+    run = finished_run(tmp_path / "run", llama, corpus)
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(results | {"versions": {"irtune": "0.0.9"}}))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    assert cli.main(["serve", "--run", str(run), "--port", "0", "--host", "0.0.0.0"]) == 0
+    said = capsys.readouterr()
+    assert f"the run is of irtune 0.0.9, and this is {__version__}" in said.err
+    assert "listening on 0.0.0.0: whoever reaches this machine can use it, without a login" in said.err
+    assert f"serving {run} on http://0.0.0.0:" in said.out
+
+
+@pytest.mark.quick
+def test_the_benchmark_counts_what_is_lost_or_wrong():
+    rows = [pair(number) for number in range(1, 8)]
+    with served(stand_in()) as port:
+        one, three = benchmark.measure(port, rows, seconds=0.2, loads=((2, 1), (2, 3)))
+        wanted = [{"long": row["after"].count("a") / 100} for row in rows]
+        refused = benchmark.load(port, rows, wanted, 1, 4, seconds=0.1)  # more texts than the server takes
+        wanted[3]["long"] = 0.99
+        wrong = benchmark.load(port, rows, wanted, 1, 1, seconds=0.2)
+    assert one["lost_or_wrong"] == three["lost_or_wrong"] == 0 < wrong["lost_or_wrong"] < wrong["requests"]
+    assert refused["lost_or_wrong"] == 4 * refused["requests"] > 0
+    assert one["rows_per_request"] == 1 and three["rows_per_second"] >= 2.9 * three["requests_per_second"]
+    assert 0 < one["p50_ms"] <= one["p95_ms"]
 
 
 @pytest.mark.quick

@@ -135,6 +135,7 @@ ELSEWHERE = {
     r"python -m irtune compare ": "tests/commands/test_compare.py::test_a_comparison_writes_table_numbers_and_picture",
     r"(IRTUNE_DATA=\S+ )?python -m benchmarks\.speed": "tests/benchmarks/test_speed.py::test_all_sides_ran_on_as_many_examples",  # noqa: E501
     r"python benchmarks/growth\.py": "tests/benchmarks/test_growth.py::test_a_point_of_each_kind_is_measured",
+    r"python benchmarks/serve\.py": "tests/commands/test_serve.py::test_the_benchmark_counts_what_is_lost_or_wrong",
     r"python benchmarks/nodes\.py": "tests/jobs/test_nodes.py::test_the_cable_carries_what_the_plan_says",
     r"python benchmarks/scaling\.py": "tests/benchmarks/test_scaling.py::test_the_page_has_the_table",
     r"python -m irtune crossvalidate ": "tests/commands/test_commands.py::test_crossvalidation_holds_every_example_out_once",  # noqa: E501

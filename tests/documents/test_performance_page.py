@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import growth
+from benchmarks import growth, serve
 from benchmarks.speed import report as speed_report
 from tests.support import ROOT
 
@@ -36,6 +36,12 @@ def test_the_tables_are_those_of_the_files(name):
 
 def test_growth_is_that_of_the_file():
     assert growth.table(result("growth-cpu")["points"]) in BENCHMARKS
+
+
+@pytest.mark.parametrize("name", ["serve-cpu", "serve-cpu-tiny"])
+def test_loads_of_the_server_are_those_of_the_files(name):
+    assert serve.table(result(name)["loads"]) in BENCHMARKS
+    assert all(load["lost_or_wrong"] == 0 for load in result(name)["loads"])
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 
 from irtune import __version__
 from irtune.data import Example
-from irtune.errors import IrtuneError, brief, one_line
+from irtune.errors import DataError, IrtuneError, brief, one_line
 from irtune.evaluation.saved_run import LoadedRun
 from irtune.tasks.base import Label
 
@@ -64,22 +64,34 @@ class Batcher:
             together = [await self.queue.get()]
             while not self.queue.empty() and sum(len(examples) for examples, _ in together) < 4 * self.batch:
                 together.append(self.queue.get_nowait())
-            every = [example for examples, _ in together for example in examples]
             try:
-                found = await asyncio.to_thread(self.run.predict, every, self.batch)
-                rows = list(found.probabilities)
-                for examples, answer in together:
-                    mine, rows = rows[: len(examples)], rows[len(examples) :]
-                    if not answer.done():  # done: its client has gone
-                        answer.set_result(mine)
-            except Exception as error:  # one that fails must not end the worker, nor leave clients waiting
-                log.exception("a batch of %d texts failed", len(every))
-                said = one_line(error) if isinstance(error, IrtuneError) else "an error in the model; see the server"
-                for _, answer in together:
-                    if not answer.done():
-                        answer.set_exception(RequestError(500, said))
+                await self._answer(together)
             finally:
-                self.waiting -= len(every)
+                self.waiting -= sum(len(examples) for examples, _ in together)
+
+    async def _answer(self, together: list[tuple[list[Example], asyncio.Future]]) -> None:
+        every = [example for examples, _ in together for example in examples]
+        try:
+            found = await asyncio.to_thread(self.run.predict, every, self.batch)
+        except Exception as error:  # one that fails must not end the worker, nor leave clients waiting
+            if len(together) > 1:  # whose fault it is shows when each is computed alone
+                for one in together:
+                    await self._answer([one])
+                return
+            ((_, answer),) = together
+            failure = RequestError(422, one_line(error)) if isinstance(error, DataError) else None
+            if failure is None:
+                log.exception("a batch of %d texts failed", len(every))
+                known = isinstance(error, IrtuneError)
+                failure = RequestError(500, one_line(error) if known else "an error in the model; see the server")
+            if not answer.done():  # done: its client has gone
+                answer.set_exception(failure)
+            return
+        rows = list(found.probabilities)
+        for examples, answer in together:
+            mine, rows = rows[: len(examples)], rows[len(examples) :]
+            if not answer.done():
+                answer.set_result(mine)
 
 
 def build_app(run: LoadedRun, limits: Limits) -> FastAPI:
@@ -168,6 +180,8 @@ def read_examples(content: bytes, *, pairs: bool, limits: Limits, blank: Label) 
         written: list[str] = [part for part in parts if isinstance(part, str)]
         if len(written) < len(parts):
             raise RequestError(422, f"texts[{number}] is {brief(item)}; accepted: {form}")
+        if any("\ud800" <= character <= "\udfff" for text in written for character in text):
+            raise RequestError(422, f"texts[{number}] has half a character (a surrogate of UTF-16 without the other)")
         longest = max(map(len, written))
         if longest > CHARACTERS:
             raise RequestError(413, f"texts[{number}] has {longest:,} characters; accepted: up to {CHARACTERS:,}")

@@ -3,12 +3,16 @@
 import itertools
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from irtune import cli
+from irtune.commands.report import charts
 from irtune.commands.report.read import read_run_data
 from irtune.config.load import load_config, write_config
 from irtune.data import read_corpus
@@ -118,6 +122,40 @@ def test_an_unfinished_run_and_several_side_by_side(tmp_path, corpus, capsys):
     assert "<b>bare</b>: not finished: it has reached step 0" in text
     assert re.search(r'dev macro-F1</th>\s*<td>0\.500</td>\s*<td class="best">0\.750</td>\s*<td>-</td>', text)
     assert text.count('<polyline class="line c1"') == 6  # the second run in four charts; layers of two
+
+
+@pytest.mark.quick
+def test_runs_of_equal_folder_names_are_told_apart(tmp_path, corpus, capsys):
+    runs = []
+    for method in ("ir", "full"):
+        (tmp_path / method).mkdir()
+        runs.append(a_run(tmp_path / method / "seed_0", corpus))
+    text, _ = page_of(capsys, *runs)
+    assert "<title>irtune: ir/seed_0, full/seed_0</title>" in text
+    assert re.findall(r'<th scope="col">(\S+seed_0)</th>', text) == ["ir/seed_0", "full/seed_0"]
+    assert "ir/seed_0: 100 at step 1, 100 at step 6; full/seed_0: 100 at step 1" in text
+    one = charts.lines("x", [charts.Line("a", 0, [3], [6760.4]), charts.Line("b", 1, [1, 2], [0.5, 0.12345])])
+    assert "a: 6,760 at step 3; b: 0.5 at step 1, 0.123 at step 2" in one
+
+
+@pytest.mark.quick
+def test_a_layer_that_never_had_a_score_is_among_the_lowest():
+    values = np.array([[np.nan, 1.0, 2.0, 4.0], [np.nan, 3.0, 0.0, np.inf]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = charts.scores([0, 3], values, 6)
+    assert "highest on average: layers 3, 1, 2" in drawn  # of what is known: 1, (1/4 + 1) / 2 and (2/4 + 0) / 2
+
+
+@pytest.mark.quick
+def test_a_corpus_that_is_neither_here_nor_cached_is_not_sought_on_the_network(tmp_path, corpus, capsys, monkeypatch):
+    asked = []
+    run = a_run(tmp_path / "run", corpus)
+    text = (run / "config.yaml").read_text().replace(str(corpus), "elsewhere/corpus")
+    (run / "config.yaml").write_text(text)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *found, **_: asked.append(found) or [])
+    assert "mistakes are without their texts, since the corpus cannot be read" in page_of(capsys, run)[0]
+    assert asked == [] and not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.quick

@@ -61,10 +61,16 @@ def lines(title: str, given: Sequence[Line], low: float | None = None, high: flo
             parts += [Markup('<circle class="dot c{}" cx="{}" cy="{}" r="3"><title>{}</title></circle>').format(
                 line.colour, f"{x:.1f}", f"{y:.1f}", f"{line.name}, step {step}: {value:.4g}")
                 for (x, y), (step, value) in zip(at, line.points)]  # fmt: skip
-    said = "; ".join(f"{line.name}: {line.points[0][1]:.3g} at step {line.points[0][0]}, "
-                     f"{line.points[-1][1]:.3g} at step {line.points[-1][0]}" for line in shown)  # fmt: skip
+    ends = {line.name: dict.fromkeys((line.points[0], line.points[-1])) for line in shown}
+    said = "; ".join(f"{name}: " + ", ".join(f"{_number(y)} at step {x}" for x, y in points)
+                     for name, points in ends.items())  # fmt: skip
     legend = [(line.name, f"c{line.colour}") for line in shown] if len(shown) > 1 else []
     return _figure(title, said, Markup("").join(parts), legend)
+
+
+def _number(value: float) -> str:
+    """Three digits, and all of a large number's."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def scores(steps: Sequence[int], values: np.ndarray, end: int) -> Markup:
@@ -76,8 +82,9 @@ def scores(steps: Sequence[int], values: np.ndarray, end: int) -> Markup:
     grid, left, right = over_steps(steps, relative, end)
     pixels = viridis(np.sqrt(np.clip(np.nan_to_num(grid), 0, 1)))
     pixels[~np.isfinite(grid)] = FROZEN
-    mean = np.nanmean(np.where(np.isfinite(relative), relative, np.nan)[np.isfinite(relative).any(1)], axis=0)
-    top = [str(layer) for layer in np.argsort(-np.nan_to_num(mean))[:3]]
+    known = np.isfinite(relative)
+    mean = np.where(known, relative, 0.0).sum(0) / np.maximum(known.sum(0), 1)  # 0 for a layer that never had a score
+    top = [str(layer) for layer in np.argsort(-mean)[:3]]
     said = f"{len(grid)} layers at {len(steps)} selections; highest on average: layers {', '.join(top)}"
     return _grid("Layer scores, as a share of the selection's highest", said, pixels, left, right,
                  [("low", "low"), ("high", "high")])  # fmt: skip

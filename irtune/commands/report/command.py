@@ -3,6 +3,7 @@
 import time
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def write_page(folders: Sequence[Path], target: Path) -> None:
     Raises:
         RunError: for a folder that holds no run.
     """
-    runs = [read_run_data(folder) for folder in folders]
+    runs = [replace(read_run_data(folder), name=name) for folder, name in zip(folders, _names(folders))]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)  # fmt: skip
     page = environment.get_template("page.html").render(
@@ -58,19 +59,29 @@ def write_page(folders: Sequence[Path], target: Path) -> None:
         write_text(target, page)
 
 
-def _overview(runs: Sequence[RunData]) -> list[tuple[str, list[str], int | None]]:
-    """Rows of the first table: what, its value for each run, and the place of the best one where there is such."""
-    rows: list[tuple[str, list[str], int | None]] = []
+def _names(folders: Sequence[Path]) -> list[str]:
+    """As many of the last parts of each folder as it takes to tell them apart: ir/seed_0 and full/seed_0."""
+    parts = [folder.resolve().parts[1:] for folder in folders]
+    for last in range(1, max(map(len, parts))):
+        names = ["/".join(path[-last:]) for path in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return ["/".join(path) for path in parts]
+
+
+def _overview(runs: Sequence[RunData]) -> list[tuple[str, list[str], set[int]]]:
+    """Rows of the first table: what, its value for each run, and the places of the best ones where there are such."""
+    rows: list[tuple[str, list[str], set[int]]] = []
     for split in ("dev", "test"):
         for name, title in METRICS.items():
             values = [run.results.get(split, {}).get(name) for run in runs]
             known = [value for value in values if value is not None]
             if known:
                 several = len(set(known)) > 1 and not name.endswith("_error")
-                best = values.index(max(known)) if several else None
+                best = {place for place, value in enumerate(values) if several and value == max(known)}
                 rows.append((f"{split} {title}", ["-" if v is None else f"{v:.3f}" for v in values], best))
     for title in runs[0].facts:
-        rows.append((title, [run.facts[title] for run in runs], None))
+        rows.append((title, [run.facts[title] for run in runs], set()))
     return rows
 
 

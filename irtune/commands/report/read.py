@@ -12,6 +12,7 @@ from irtune.config import load_config
 from irtune.config.yaml_file import read_recipe
 from irtune.data import Example, read_corpus
 from irtune.data.diff import diff
+from irtune.data.readers.hub import hub_from_cache
 from irtune.errors import IrtuneError, RunError
 from irtune.redaction import without_secrets
 from irtune.tracking.pictures import arrays, row
@@ -99,7 +100,7 @@ def _facts(settings: dict[str, Any], results: dict[str, Any], steps: int) -> dic
         return "-" if value is None else f"{value / unit:{form}}{after}"
 
     per_step, layers = results.get("layers_trained_per_step"), results.get("num_layers")
-    length = optim.get("max_steps") or f"{optim.get('epochs')} epochs"
+    length = f"of {optim['max_steps']}" if optim.get("max_steps") else f"(epochs: {optim.get('epochs'):g})"
     return {
         "model": Path(str(model.get("name_or_path"))).name,
         "corpus": str(data.get("path") or data.get("train")),
@@ -109,7 +110,7 @@ def _facts(settings: dict[str, Any], results: dict[str, Any], steps: int) -> dic
         "method": str(tuning.get("method")),
         "learning rate, loss": f"{optim.get('lr')}, {optim.get('loss')}",
         "seed": str(settings.get("run", {}).get("seed")),
-        "steps": f"{steps} of {length}",
+        "steps": f"{steps} {length}",
         "layers per step": f"{per_step:.1f} of {layers}" if per_step is not None else "-",
         "training time": number("training_seconds", ",.0f", after=" s"),
         "whole time": number("wall_seconds", ",.0f", after=" s"),
@@ -158,7 +159,8 @@ def _mistakes(folder: Path, predictions: list[dict[str, Any]]) -> tuple[list[dic
     note = []
     try:
         data = load_config(["--config", str(folder / "config.yaml")]).data
-        examples = {example.id: example for example in read_corpus(data).splits["dev"]}
+        with hub_from_cache():
+            examples = {example.id: example for example in read_corpus(data).splits["dev"]}
     except IrtuneError as error:
         note = [f"mistakes are without their texts, since the corpus cannot be read: {error}"]
     return [

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from irtune.data.readers.cells import Columns, Row, check_names
@@ -11,6 +12,20 @@ from irtune.redaction import redact
 
 # How `datasets` lists the configurations of a corpus, when one is missing or unknown.
 CONFIGURATIONS = re.compile(r"(?:available configs|Available): \[(.*?)\]")
+
+
+@contextmanager
+def hub_from_cache() -> Iterator[None]:
+    """Inside, a corpus of the hub comes from this machine's cache, and the network is left alone."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def hub_splits(name: str, config: str | None = None) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_what_is_no_run_is_said(tmp_path, corpus, capsys):
 
 @pytest.mark.slow
 def test_a_browser_shows_the_page(tmp_path, corpus, capsys, browser):  # noqa: F811
-    run = a_run(tmp_path / "run", corpus)
+    run = a_run(tmp_path / ("long" * 20), corpus)
     page_of(capsys, run)
     for width, dark in ((1280, False), (390, True)):
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]

@@ -51,6 +51,15 @@ def base(llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def gpu(tmp_path_factory: pytest.TempPathFactory):
+    """Runs on a CUDA device that is not there: a `Server` of tests/support/simulated."""
+    from tests.support.simulated.client import serving
+
+    with serving(tmp_path_factory.getbasetemp()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real corpora."""
     folder = os.environ.get("IRTUNE_DATA")

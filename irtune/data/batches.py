@@ -234,6 +234,13 @@ def padded_lengths(config: Config, device: torch.device) -> PaddedLengths | None
     return PaddedLengths(CPU_MULTIPLE, config.data.max_length) if few else None
 
 
+def sent(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """A tensor of the host on `device`, without waiting for the device; None: where it is."""
+    if device is not None and device.type == "cuda":  # only from pinned memory does a copy not wait
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def collate(
     encoded: Sequence[dict[str, list[int]]],
     pad_token_id: int,
@@ -267,9 +274,7 @@ def collate(
             batch[name] = padded(name, 0)
     if labels is not None:
         batch["labels"] = torch.tensor(labels)
-    if device is not None and device.type == "cuda":  # only from pinned memory does a copy not wait
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    batch = {name: sent(tensor, device) for name, tensor in batch.items()}
     # For kernels/masks.py: on a GPU, to look at the mask is to wait for it.
     batch["attention_mask"].padded = any(len(item["input_ids"]) < length for item in encoded)  # type: ignore[attr-defined]
     if packed:  # for models/packing.py

@@ -3,6 +3,11 @@
 A thread on every rank counts in the store that the ranks met in, and looks whether the next rank's count still moves:
 two small messages per rank and interval, however many ranks there are. So a dead rank is named even where a collective
 only hangs. `doing` is the name of what a rank is at, which a time-out reports.
+
+On a GPU a collective that hangs raises nothing: whatever comes after it waits, and with it the host, at its next read
+or as soon as the queue of kernels is full, which for a large model is within a step. torch's own watchdog would end the
+process without saying where. So the thread looks at the device, too: one that stays busy for as long as a collective
+may wait, while the main thread does not get on either, hangs.
 """
 
 import dataclasses
@@ -128,6 +133,7 @@ class Watch:
         *,
         timeout: float = 1800.0,
         leave: Callable[[str], None] | None = None,
+        busy: Callable[[], bool] = lambda: False,
     ):
         """Start to watch.
 
@@ -137,11 +143,12 @@ class Watch:
             size: number of ranks.
             timeout: seconds within which this rank ends when another one is lost.
             leave: what ends this process when another rank failed and the main thread hangs.
+            busy: whether the device has not done yet all that it was given, found out without waiting.
         """
         self.rank, self.size, self.patience = rank, size, Patience.within(timeout)
-        self.doing = "start"
+        self.doing, self._moves = "start", 0
         self.nodes: Sequence[str] = ()  # of each rank, where there are several
-        self._leave = leave or _leave
+        self._leave, self._busy = leave or _leave, busy
         self._ended = threading.Event()
         self._lost = False  # the store, so that nobody can be reached
         self._store: dist.Store | None = None
@@ -156,17 +163,28 @@ class Watch:
         self._thread = threading.Thread(target=self._keep_watch, name="irtune-watch", daemon=True)
         self._thread.start()
 
+    def at(self, what: str) -> None:
+        """The main thread begins something else."""
+        self.doing = what
+        self._moves += 1
+
     # ----- signs of life -----
 
     def _keep_watch(self) -> None:
         after = (self.rank + 1) % self.size
         last, count, failures, interval = b"", 0, 0, self.patience.interval
-        heard = looked = time.monotonic()
+        heard = looked = moved = time.monotonic()
+        moves, hangs = self._moves, False
         while not self._ended.wait(interval):
             now = time.monotonic()
             if now - looked > 3 * interval:
-                heard = now  # this process was halted itself: the others deserve another look
+                heard = moved = now  # this process was halted itself: the others deserve another look
             looked, count = now, count + 1
+            if moves != self._moves or not self._busy():
+                moves, moved = self._moves, now
+            elif not hangs and now - moved > self.patience.collective - interval:
+                hangs = True  # told by another thread: were this one to stop, the others would blame this rank
+                threading.Thread(target=self._tell_of_hang, args=(now - moved,), daemon=True).start()
             try:
                 self._pulse.set(f"beat/{self.rank}", f"{count} {self.doing}")
                 failure = self.failure()
@@ -193,6 +211,11 @@ class Watch:
         """The main thread gets a while to notice by itself; a collective on a GPU never does."""
         if not self._ended.wait(self.patience.grace):
             self._leave(why)
+
+    def _tell_of_hang(self, seconds: float) -> None:
+        """End this process, whose device hangs: the main thread waits where Python cannot reach it."""
+        what = f"{self.name(self.rank)}, at: {self.doing}: its device has not come to an end in {seconds:.0f} s"
+        self._leave(f"{what}; {self.explain()}")
 
     def report(self, what: str) -> None:
         """Report to all ranks why the job fails; the first report is kept."""

@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +97,10 @@ def start(world: World, timeout_seconds: int) -> None:
             store=dist.PrefixStore("group", store),
             rank=world.rank,
             world_size=world.size,
-            timeout=_of_collectives(timeout_seconds),
+            timeout=_of_collectives(timeout_seconds, backend),
             device_id=_bound(world),
         )
-        _watch = Watch(store, world.rank, world.size, timeout=timeout_seconds)
+        _watch = Watch(store, world.rank, world.size, timeout=timeout_seconds, busy=_busy(world.device))
     except Exception as error:  # torch raises several kinds, each meaning that the ranks did not meet
         raise DistributedError(_not_met(world, timeout_seconds, error)) from error
 
@@ -144,13 +144,31 @@ def stop() -> None:
 
 def limit_waiting(timeout_seconds: int) -> None:
     """Give every process group the time-out of the first one: those that DeepSpeed opens wait for 30 minutes."""
-    timeout = _of_collectives(timeout_seconds)
+    timeout = _of_collectives(timeout_seconds, dist.get_backend())
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def _of_collectives(timeout_seconds: int) -> datetime.timedelta:
-    return datetime.timedelta(seconds=Patience.within(timeout_seconds).collective)
+def _of_collectives(timeout_seconds: int, backend: str) -> datetime.timedelta:
+    """NCCL's end the process without a word: irtune's watch comes before them, after as long as gloo's wait."""
+    return datetime.timedelta(
+        seconds=timeout_seconds if backend == "nccl" else Patience.within(timeout_seconds).collective
+    )
+
+
+def _busy(device: torch.device) -> Callable[[], bool]:
+    """Whether a device has work that it has not done; a CPU, whose calls come back when it is done, has none."""
+    if device.type != "cuda":
+        return lambda: False
+    stream = torch.cuda.default_stream(device)
+
+    def busy() -> bool:
+        try:
+            return not stream.query()
+        except RuntimeError:  # the device failed, of which the main thread will hear
+            return False
+
+    return busy
 
 
 def watch() -> Watch:
@@ -160,7 +178,12 @@ def watch() -> Watch:
 
 def doing(what: str) -> None:
     """Name what this rank is at, for the message of a time-out."""
-    _watch.doing = what
+    _watch.at(what)
+
+
+def moving() -> None:
+    """Tell that this rank gets on with what it is at, where that takes long: it is not hanging."""
+    _watch.at(_watch.doing)
 
 
 def launched_world_size() -> int:

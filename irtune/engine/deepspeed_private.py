@@ -60,6 +60,20 @@ def check_version() -> None:
 
 
 @contextlib.contextmanager
+def asking_torch_for_memory() -> Iterator[None]:
+    """Inside, DeepSpeed takes a GPU's free memory from torch, what torch's cache holds included.
+
+    By itself it asks NVML, and reads CUDA_VISIBLE_DEVICES as numbers: a ValueError for UUIDs and names of MIG parts.
+    """
+    with contextlib.ExitStack() as undo:
+        accelerator = get_accelerator()
+        if accelerator.device_name() == "cuda":
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            _replace(undo, accelerator, "available_memory", lambda device_index=None: free)
+        yield
+
+
+@contextlib.contextmanager
 def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, the old optimizer may be destroyed and `engine._configure_optimizer` called, at a fraction of the cost.
 
@@ -83,9 +97,7 @@ def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
         _replace(undo, engine, "_check_for_duplicates", lambda optimizer: None)  # irtune's groups have none
         accelerator = get_accelerator()
         _replace(undo, accelerator, "empty_cache", lambda: None)
-        if accelerator.device_name() == "cuda":
-            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            _replace(undo, accelerator, "available_memory", lambda device_index=None: free)
+        undo.enter_context(asking_torch_for_memory())
         if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
             offload = engine.optimizer.parameter_offload
             engine.optimizer.parameter_offload = types.SimpleNamespace(destroy=lambda: None)

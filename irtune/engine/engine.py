@@ -28,7 +28,7 @@ from irtune.config.declarations import adapter_kinds
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import join_deepspeed
 from irtune.engine.contrastive import Contrast
-from irtune.engine.deepspeed_private import can_update_on_device, check_version, rebuilding
+from irtune.engine.deepspeed_private import asking_torch_for_memory, can_update_on_device, check_version, rebuilding
 from irtune.engine.layer_state import HEAD, EngineState, Key
 from irtune.engine.losses import Loss, cross_entropy, disagreement
 from irtune.engine.recompute import Recompute
@@ -40,6 +40,7 @@ from irtune.models.pooling import pooling_of
 log = logging.getLogger(__name__)
 WEIGHTS = "weights"  # of a batch: how much each example counts in the loss, fp32 [batch]
 MIX_SHARE, MIX_ORDER = "mix_share", "mix_order"  # of a batch: what optim.mixup mixes, see `losses.build_loss`
+PROBE_SCALE = 2.0**10  # of fp16, whose largest number is 65,504 and whose smallest normal one is 6e-5
 FOR_LOSS = ("labels", WEIGHTS, MIX_SHARE, MIX_ORDER)  # of a batch: what the model does not take
 
 
@@ -95,7 +96,8 @@ class Engine:
         join_deepspeed()
         gc.collect()
         gc.freeze()  # ZeRO 3 runs the collector at every rebuild: spare it the model's objects
-        self.ds, *_ = deepspeed.initialize(model=model, optimizer=self._new_adamw([]), config=settings)
+        with asking_torch_for_memory():
+            self.ds, *_ = deepspeed.initialize(model=model, optimizer=self._new_adamw([]), config=settings)
         self._take_over_update()
         self.applied = torch.ones((), dtype=torch.bool, device=self.device)
         self.state = EngineState(self.ds, table, Layout(self.stage), keeps_master=keeps_master, park=park)
@@ -122,6 +124,14 @@ class Engine:
     def gradient_factor(self) -> float:
         """What hooks must multiply a gradient with to undo accumulation and loss scaling."""
         return self.accumulation_steps / self._loss_scale()
+
+    @property
+    def probe_scale(self) -> float:
+        """What `probe` multiplies the loss with, so that fp16 does not round small gradients to zero.
+
+        The loss scale of steps, but no more than a first pass bears: one that overflows is not repeated.
+        """
+        return min(self._loss_scale(), PROBE_SCALE)
 
     def _loss_scale(self) -> float:
         return float(getattr(self.ds.optimizer, "loss_scale", 1.0)) if self.ds.fp16_enabled() else 1.0
@@ -156,7 +166,10 @@ class Engine:
         return loss if self.contrast is None else loss + self.contrast(batch)
 
     def probe(self, batch: dict[str, torch.Tensor], *, backward: bool) -> None:
-        """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer."""
+        """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer.
+
+        Gradients are those of `probe_scale` x the mean loss.
+        """
         if not backward:
             with torch.no_grad():
                 self.module(**split_batch(batch)[0])
@@ -164,7 +177,7 @@ class Engine:
         for _, parameter in self.table.head:
             parameter.requires_grad_(False)
         try:
-            self.mean_loss(batch).backward()
+            (self.mean_loss(batch) * self.probe_scale).backward()
         finally:
             for _, parameter in self.table.head:
                 parameter.requires_grad_(True)
@@ -292,6 +305,10 @@ class Engine:
     def parked_bytes(self) -> int:
         """Bytes of parked state in this rank's host memory."""
         return self.state.parked.nbytes()
+
+    def parked_peak(self) -> int:
+        """The most bytes of parked state that this rank has had in its host memory."""
+        return self.state.parked.peak
 
     @torch.no_grad()
     def edit(self, layer: int, change: Change) -> None:

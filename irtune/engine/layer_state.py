@@ -12,7 +12,8 @@ from torch import nn
 from irtune.adapters import LayerTable
 from irtune.adapters.schedule import Change
 from irtune.distributed.partitioned import write_whole
-from irtune.engine.shards import MOMENTS, Layout, Parking, StepState, recut
+from irtune.engine.parking import Parking
+from irtune.engine.shards import MOMENTS, Layout, StepState, recut
 from irtune.engine.update import DeviceAdamW
 
 HEAD = "head"
@@ -132,11 +133,10 @@ class EngineState:
     def whole(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Whole tensors `PARAMETER/exp_avg` (and so on) on the CPU, and Adam's step count per layer. Collective."""
         held = {key: [self._get(tensor) for tensor in tensors] for key, tensors in self.groups()}
-        held |= self.parked.contents()
         tensors: dict[str, torch.Tensor] = {}
         steps: dict[str, float] = {}
-        for key in sorted(held, key=str):
-            named, states = self._named(key), held[key]
+        for key in sorted({*held, *self.parked.keys()}, key=str):
+            named, states = self._named(key), held[key] if key in held else self.parked.on_host(key)
             if not states[0].step:
                 continue  # chosen, but not yet trained: nothing to remember
             steps[str(key)] = states[0].step

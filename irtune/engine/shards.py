@@ -6,10 +6,8 @@ Three layouts of the fp32 tensors that the optimizer steps, by ZeRO stage:
     sharded (3): flat tensors of a rank's share of each parameter, laid end to end.
 """
 
-import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -32,59 +30,6 @@ class StepState:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
-
-
-Key = TypeVar("Key", bound=Hashable)
-
-
-class Parking(Generic[Key]):
-    """State of deselected layers in host memory.
-
-    From a GPU it is copied into pinned memory on a stream of its own, so that the next step computes meanwhile.
-    """
-
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._states: dict[Key, list[StepState]] = {}
-
-    def put(self, key: Key, states: Sequence[StepState]) -> None:
-        """Copy the states of a layer; the originals may be freed right away."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            self._states[key] = [
-                StepState({name: self._host_copy(tensor) for name, tensor in state.tensors.items()}, state.step)
-                for state in states
-            ]
-
-    def _host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._stream is None or not tensor.is_cuda:
-            return tensor.to("cpu", copy=True)
-        tensor.record_stream(self._stream)  # its memory is not given away before the copy is done
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-    def take(self, key: Key) -> list[StepState]:
-        """The states of a layer, which are not parked any more; empty if there are none."""
-        self._wait()
-        return self._states.pop(key, [])
-
-    def contents(self) -> dict[Key, list[StepState]]:
-        """All parked states; the tensors are not copied."""
-        self._wait()
-        return dict(self._states)
-
-    def _wait(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def nbytes(self) -> int:
-        """Bytes of host memory."""
-        return sum(state.nbytes() for states in self._states.values() for state in states)
-
-    def clear(self) -> None:
-        """Free all of it."""
-        self._wait()
-        self._states.clear()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from irtune.data import collate, evaluation_batches
-from irtune.data.batches import PaddedLengths
+from irtune.data.batches import PaddedLengths, sent
 from irtune.distributed import runtime
 from irtune.errors import DistributedError
 from irtune.tasks import SINGLE_LABEL, Predictions, Task
@@ -41,10 +41,11 @@ def predict(
         # A rank without work left goes along with one example, since ZeRO 3 needs all ranks; nothing of it is kept.
         chosen = [encoded[i] for i in positions or [len(encoded) - 1]]
         batch = collate(chosen, pad_token_id, device=device, lengths=padded)
+        runtime.moving()
         with torch.no_grad():
             output = forward(batch)
         if positions:
-            index = torch.tensor(positions, device=device)
+            index = sent(torch.tensor(positions), device)
             logits[index] = output.float()
             times[index] += 1
     runtime.all_reduce(logits)

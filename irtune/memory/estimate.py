@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from irtune.config import Config
+from irtune.engine.parking import FLOAT, pinned_bytes
 from irtune.memory.count import Parts
 
 RESERVE = 1.5 * 2**30  # bytes of a GPU that are never ours: CUDA context, communication, what the allocator cannot use
@@ -27,7 +28,8 @@ class Estimate:
     base, adapters, gradients, optimizer: weights and their training state; optimizer_full if all layers trained.
     buffers: DeepSpeed's buckets, gathered or dequantised weights, workspaces.
     activations: of the largest step; or what evaluation, or fp32 gradients in the update, need more than that.
-    parked: state of deselected layers in host memory. host: host memory beside the process itself.
+    parked: state of deselected layers in host memory; a GPU's with torch's rounding of pinned memory.
+    host: host memory beside the process itself.
     sent_per_step: to other ranks. total: the peak of the device's memory, or on a CPU of the process's.
     memory: of the device; fits and largest_micro_batch are None where it is not known.
     """
@@ -112,7 +114,11 @@ def estimate(
     optimizer = state_bytes(groups, stage, world, parts.trained_bytes)
     full = state_bytes(every, stage, world, parts.trained_bytes)
     buffers = job.buckets() + job.gathered()
-    parked = full - optimizer if config.tuning.deselected_state == "offload" else 0
+    parked = 0
+    if config.tuning.deselected_state == "offload":
+        left = [layer for number, layer in enumerate(parts.layers) if layer and number not in parts.selected]
+        states = [state_bytes([layer], stage, world, parts.trained_bytes) for layer in left]
+        parked = sum(states if on_cpu else [pinned_bytes(size // FLOAT) for size in states])
     moved = 0 if on_cpu else job.moved(optimizer + gradients, base + adapters)
     activations = job.activations(gradients)
     total = process + base + adapters + gradients + optimizer + buffers + activations + (parked if on_cpu else -moved)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from irtune.adapters import LayerTable
+from irtune.data.batches import sent
 from irtune.distributed import runtime
 from irtune.models.packing import tokens_of
 
@@ -75,7 +76,7 @@ class LayerScores:
             return
         layers, norms = zip(*self._norms)
         squares = (torch.stack(norms) * factor).double() ** 2
-        self._sums.index_add_(0, torch.tensor(layers, device=self.device), squares)
+        self._sums.index_add_(0, sent(torch.tensor(layers), self.device), squares)
         self._norms = []
 
     def _watch_gradients(self, cleanup: contextlib.ExitStack, all_layers: bool, factor: float) -> None:

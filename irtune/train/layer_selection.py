@@ -129,7 +129,8 @@ class LayerSelection:
             return
         self.engine.module.train()
         for batch in batches:
-            with self._scored(batch, 1.0, all_layers=True):
+            runtime.moving()
+            with self._scored(batch, 1 / self.engine.probe_scale, all_layers=True):
                 self.engine.probe(batch, backward=self.scores.needs_gradients)
         self.select([])
 

@@ -77,5 +77,6 @@ def collect_results(trainer: Trainer, metrics: dict[str, Any], world: World) -> 
             "mean": sum(bytes_seen) / len(bytes_seen),
             "max": max(bytes_seen),
         },
+        "parked_state_bytes": engine.parked_peak(),
         "versions": versions(),
     }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from irtune.data import BatchSampler, Corpus, collate
-from irtune.data.batches import PaddedLengths
+from irtune.data.batches import PaddedLengths, sent
 from irtune.distributed import runtime
 from irtune.engine.engine import MIX_ORDER, MIX_SHARE, WEIGHTS
 from irtune.evaluation.metrics import Predictions, predict
@@ -72,9 +72,7 @@ class TrainingData:
         rng, order = random.Random(f"mixup/{self.seed}/{step}/{number}"), list(range(examples))
         share = rng.betavariate(self.mixup, self.mixup)
         rng.shuffle(order)
-        return {
-            MIX_SHARE: torch.tensor(share, device=self.device), MIX_ORDER: torch.tensor(order, device=self.device)
-        }  # fmt: skip
+        return {MIX_SHARE: sent(torch.tensor(share), self.device), MIX_ORDER: sent(torch.tensor(order), self.device)}
 
     def batch(self, positions: list[int], epoch: int = 0) -> Batch:
         """The training examples at `positions`, as `collate` returns them, with labels and weights if they have any.
@@ -86,7 +84,7 @@ class TrainingData:
         seen = [encoded[i] if self.variant is None else self.variant(i, epoch) for i in positions]
         batch = collate(seen, self.pad_token_id, labels, self.device, self.padded, self.packed)
         if self.weighted:
-            batch[WEIGHTS] = torch.tensor([examples[i].weight for i in positions], device=self.device)
+            batch[WEIGHTS] = sent(torch.tensor([examples[i].weight for i in positions]), self.device)
         return batch
 
     def lengths(self, step: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from irtune.distributed import runtime
 from irtune.distributed.heartbeat import Patience, StoreClient, Watch
 
 pytestmark = pytest.mark.quick
@@ -82,6 +83,47 @@ def test_a_silent_rank_is_named_in_time_and_told_to_the_main_thread():
         assert left and "rank 1 has given no sign for" in left[0]
     finally:
         one.stop()
+
+
+def test_a_device_that_hangs_is_told_with_what_each_rank_is_at_before_torch_ends_the_process():
+    """The main thread waits for the device, where Python cannot reach it; the other rank is not in the collective."""
+    left = []
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    began = time.monotonic()
+    one = watch(store, 0, leave=left.append, busy=lambda: True)
+    other = watch(store, 1, leave=lambda why: left.append(f"the rank that does not wait ended: {why}"))
+    try:
+        one.at("update of step 7")
+        other.at("batch of step 8")
+        while not left and time.monotonic() < began + 8:
+            time.sleep(0.02)
+        took = time.monotonic() - began
+        assert left == [
+            "rank 0, at: update of step 7: its device has not come to an end in 3 s; rank 1 is at: batch of step 8; "
+            "this is rank 0, at: update of step 7"
+        ]
+        parts = one.patience
+        assert parts.collective - parts.interval < took < parts.collective + parts.explain + parts.leave
+        assert runtime._of_collectives(4, "nccl").total_seconds() > parts.collective + parts.explain  # torch's own end
+        assert runtime._of_collectives(4, "gloo").total_seconds() == pytest.approx(parts.collective)
+    finally:
+        one.stop()
+        other.stop()
+
+
+def test_a_busy_device_does_not_hang_while_the_main_thread_gets_on():
+    left = []
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    one, other = watch(store, 0, leave=left.append, busy=lambda: True), watch(store, 1)
+    try:
+        until = time.monotonic() + one.patience.collective + 2 * one.patience.interval
+        while time.monotonic() < until:
+            one.at("evaluation")
+            time.sleep(0.05)
+        assert left == []
+    finally:
+        one.stop()
+        other.stop()
 
 
 @pytest.mark.parametrize("behind, lead", [(0, 0), (1, 0), (1, 1)])

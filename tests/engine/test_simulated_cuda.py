@@ -1,67 +1,125 @@
 """Training on a CUDA device that is not there (tests/support/simulated): it ends, agrees with the CPU, and its steps do
 not wait."""
 
+import tempfile
+from pathlib import Path
+from unittest.mock import Mock
+
 import pytest
+import torch
 
-from tests.support.runs import launch, losses, selections
-from tests.support.simulated.client import Server, Simulated, needs_compiler, options_of, serving
-from tests.support.tiny import tiny_config
+from irtune.engine import deepspeed_private
+from irtune.engine.losses import cross_entropy
+from irtune.selection.scores import LayerScores
+from tests.support.ranks import run_cases
+from tests.support.runs import losses, selections, train
+from tests.support.simulated.client import needs_compiler, options_of
+from tests.support.tiny import Rig, save_model, tiny_config
 
-pytestmark = needs_compiler
 TOLERANCE = 1e-6  # of fp32 losses, absolute
-SHORT = {"optim__max_steps": 6, "tuning__interval": 2, "run__log_every": 3, "run__eval_every": 6}
+STEPS = {"optim__max_steps": 6, "tuning__interval": 2, "run__log_every": 3, "run__eval_every": 6, "run__save_every": 3,
+         "optim__micro_batch_size": 2, "optim__gradient_accumulation_steps": 2}  # fmt: skip
+NF4 = {"model__quantization": "nf4"}
+FP16 = {"model__dtype": "float16", "adapter__dtype": "model"}
+RUNS = {  # name -> ZeRO stage, ranks, options
+    "zero0": (0, 1, {}),
+    "zero2": (2, 1, {}),
+    "zero3": (3, 1, {}),
+    "two ranks": (2, 2, {"optim__gradient_accumulation_steps": 1}),
+    "nf4": (2, 1, NF4),
+    "fp16": (2, 1, FP16),
+}
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    with serving(tmp_path_factory.getbasetemp()) as server:
-        yield server
+def cpu(llama, corpus, tmp_path_factory):
+    """Folders of the CPU's runs under ZeRO 2, by quantization; other stages and splits over ranks are to equal them."""
+    configs = {name: tiny_config(llama, corpus, tmp_path_factory.mktemp(name) / "run", **STEPS | more)
+               for name, more in (("none", {}), ("nf4", NF4))}  # fmt: skip
+    assert run_cases(train, 1, [(config,) for config in configs.values()]) == [[None]] * 2
+    return {name: Path(config.run.output_dir) for name, config in configs.items()}
 
 
-def on_gpu(gpu: Server, llama, corpus, folder, stage=2, ranks=1, **more) -> Simulated:
-    config = tiny_config(llama, corpus, folder / "cpu", stage=stage, **SHORT | more)
-    return gpu.run(options_of(config), folder / "gpu", ranks)
+@pytest.fixture(scope="module")
+def run_on_gpu(gpu, llama, corpus, tmp_path_factory):
+    """Runs one of RUNS, or goes on with it; what was seen, and its folder."""
+    folders = {}
+
+    def run(name):
+        stage, ranks, more = RUNS[name]
+        folder = folders.setdefault(name, tmp_path_factory.mktemp(name.replace(" ", "-")))
+        config = tiny_config(llama, corpus, folder / "unused", stage=stage, **STEPS | more)
+        return gpu.run(options_of(config), folder, ranks), folder / "run"
+
+    return run
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_run_equals_the_cpus_and_its_steps_do_not_wait(gpu, llama, corpus, tmp_path, stage):
-    seen = on_gpu(gpu, llama, corpus, tmp_path, stage)
-    cpu = launch(tiny_config(llama, corpus, tmp_path / "cpu", stage=stage, **SHORT), 1)
-    run = tmp_path / "gpu" / "run"
-    assert selections(run) == selections(cpu)
-    assert losses(run) == pytest.approx(losses(cpu), abs=TOLERANCE)
-    assert seen.results["peak_memory_bytes"] > 0
-    # DeepSpeed's ZeRO 3 reads on the host in every step, which shows that waits are seen at all.
-    assert not [place for what, place, _ in seen.waits[0] if "empty_cache" in what and "reselect" in place]
-    assert bool(seen.within_steps()) == (stage == 3), seen.within_steps()
+@needs_compiler
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_equals_the_cpus_and_its_steps_do_not_wait(run_on_gpu, cpu, name):
+    seen, run = run_on_gpu(name)
+    wanted = cpu["nf4" if name == "nf4" else "none"]
+    assert seen.results["steps"] == 6 and seen.results["peak_memory_bytes"] > 0
+    assert selections(run) == selections(wanted)
+    # fp16 has 11 bits; that losses are of this size and its steps were not skipped shows that its scale is undone.
+    assert losses(run) == pytest.approx(losses(wanted), abs=5e-3 if name == "fp16" else TOLERANCE)
+    assert seen.results["skipped_steps"] == 0
+    waits = seen.within_steps()
+    if name == "fp16":  # whose loss scale follows what the host has read
+        assert {what for what, place in waits} == {"aten::_local_scalar_dense"}
+    else:  # DeepSpeed's ZeRO 3 reads on the host in every step, which shows that waits are seen at all
+        assert bool(waits) == (name == "zero3"), waits
+    rebuilt = [what for found in seen.waits for what, place, _ in found if "reselect" in place]
+    assert not [what for what in rebuilt if "empty_cache" in what]
 
 
-def test_two_ranks_under_zero_2(gpu, llama, corpus, tmp_path):
-    on_gpu(gpu, llama, corpus, tmp_path, 2, ranks=2)
-    cpu = launch(tiny_config(llama, corpus, tmp_path / "cpu", **SHORT), 2)
-    assert selections(tmp_path / "gpu" / "run") == selections(cpu)
-    assert losses(tmp_path / "gpu" / "run") == pytest.approx(losses(cpu), abs=TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"model__quantization": "nf4", "model__dtype": "bfloat16"},
-        {"model__dtype": "float16", "adapter__dtype": "model"},
-    ],
-    ids=["nf4", "fp16"],
-)
-def test_other_number_formats_end(gpu, llama, corpus, tmp_path, more):
-    seen = on_gpu(gpu, llama, corpus, tmp_path, 2, **more)
+@needs_compiler
+def test_a_run_is_resumed(run_on_gpu):
+    """Goes on with the run under ZeRO 2 from its checkpoint in the middle."""
+    whole = losses(run_on_gpu("zero2")[1])
+    run = run_on_gpu("zero2")[1]
+    (run / "checkpoints" / "latest").write_text("step_3")
+    (run / "results.json").unlink()
+    seen, run = run_on_gpu("zero2")
     assert seen.results["steps"] == 6
+    assert losses(run) == whole
 
 
-def test_a_run_is_resumed(gpu, llama, corpus, tmp_path):
-    half = {"optim__schedule": "constant", "run__save_every": 3}
-    on_gpu(gpu, llama, corpus, tmp_path, 2, **half)
-    whole = losses(tmp_path / "gpu" / "run")
-    latest = tmp_path / "gpu" / "run" / "checkpoints" / "latest"
-    latest.write_text("step_3")
-    (tmp_path / "gpu" / "run" / "results.json").unlink()
-    on_gpu(gpu, llama, corpus, tmp_path, 2, **half)
-    assert losses(tmp_path / "gpu" / "run") == whole
+def scores_of_small_losses():
+    """Scores of a first selection in fp16, of a loss and of one that is 1e5 times smaller."""
+    with tempfile.TemporaryDirectory() as folder:
+        rig = Rig(save_model(Path(folder)), 2, "float16")
+    found = []
+    batch = {name: tensor.to(rig.world.device) for name, tensor in rig.batch(0).items()}
+    for size in (1.0, 1e-5):
+        rig.engine.loss = lambda *batch, size=size: cross_entropy(*batch) * size
+        scores = LayerScores(rig.table, "rms", rig.world.device)
+        factor = 1 / rig.engine.probe_scale
+        with rig.engine.reaching_all_layers(), scores.micro_batch(batch["attention_mask"], all_layers=True,
+                                                                  factor=factor):  # fmt: skip
+            rig.engine.probe(batch, backward=True)
+        found.append(scores.reduce())
+    rig.close()
+    return found
+
+
+@needs_compiler
+def test_a_probe_in_fp16_sees_small_gradients(gpu, tmp_path):
+    """Unscaled, those of the small loss would be below fp16's smallest number, and all scores 0."""
+    plain, small = gpu.call(scores_of_small_losses, tmp_path).results
+    assert min(plain) > 0
+    assert [1e5 * score for score in small] == pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.quick
+def test_deepspeed_does_not_ask_nvml_for_memory(monkeypatch):
+    """It would take CUDA_VISIBLE_DEVICES for numbers."""
+    nvml = Mock(side_effect=ValueError("invalid literal for int() with base 10: 'MIG-f3c7'"))
+    accelerator = Mock(available_memory=nvml, device_name=lambda: "cuda")
+    monkeypatch.setattr(deepspeed_private, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10)
+    with deepspeed_private.asking_torch_for_memory():
+        assert accelerator.available_memory() == accelerator.available_memory(0) == 25
+    assert accelerator.available_memory is nvml

@@ -4,7 +4,7 @@ import pytest
 
 from irtune.config import load_config
 from tests.support import ROOT
-from tests.support.simulated.client import needs_compiler, options_of, serving
+from tests.support.simulated.client import needs_compiler, options_of
 
 pytestmark = [needs_compiler, pytest.mark.slow]
 BF16, FP16 = ["--adapter.dtype", "model"], ["--adapter.dtype", "model", "--model.dtype", "float16"]
@@ -39,12 +39,6 @@ CASES = {
 }  # fmt: skip
 TWO_RANKS = ("zero0 bf16", "zero1 accumulation", "zero2 nf4", "zero3 bf16", "zero3 accumulation", "offload2 bf16",
              "offload3 fp32", "method ist", "zero3 none", "zero2 ltuning-prefix")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def gpu(tmp_path_factory):
-    with serving(tmp_path_factory.getbasetemp()) as server:
-        yield server
 
 
 def train(gpu, llama, corpus, folder, name: str, ranks: int):

@@ -1,5 +1,6 @@
 """The plan: counted, not guessed; exact where it says so."""
 
+import dataclasses
 import json
 import os
 import random
@@ -238,7 +239,10 @@ def test_estimates_add_up_and_scale(llama):
     assert at(quantization="nf4").base < one.base and at(quantization="int8").base < one.base
     assert at(stage=3, world=4).base < at(stage=3, world=2).base < one.base
     assert at(stage=0).optimizer == 8 * sum(parts.head + parts.layers[0] + parts.layers[5])
-    assert at().parked == at().optimizer_full - at().optimizer > 0
+    exact = at().optimizer_full - at().optimizer
+    assert exact <= at().parked <= exact * 17 / 16  # torch's rounding of pinned memory
+    on_cpu = dataclasses.replace(parts, device="cpu")
+    assert estimate(on_cpu, config, stage=2, quantization="none", world=2).parked == exact > 0
     assert at(world=1).sent_per_step == 8 * LAYERS  # only the scores
     # DeepSpeed's file: two buckets of fp32 numbers, and state that waits in host memory.
     small = at(zero={"reduce_bucket_size": 1000, "overlap_comm": True})

@@ -129,7 +129,7 @@ class Rig:
     """An engine over a tiny model, fed with seeded micro-batches, for tests that look at weights and bytes."""
 
     def __init__(self, model: Path, stage: int, dtype: str = "float32", accumulation: int = 1, **options: Any):
-        """`dtype`: float32; bfloat16 (adapters too); or mixed (fp32 adapters over a bf16 model).
+        """`dtype`: float32; bfloat16 or float16 (adapters too); or mixed (fp32 adapters over a bf16 model).
 
         Options: quantization and compile, for the model; adapter, a map of settings; zero, a map of the JSON's;
         sharded, to load weights in shares under ZeRO 3, as runs do; weight_decay; others are Engine's.
@@ -137,14 +137,14 @@ class Rig:
         self.world = runtime.read_world()
         runtime.start(self.world, 60)
         runtime.seed_everything(0, deterministic=False)
-        base = "float32" if dtype == "float32" else "bfloat16"
+        base = "bfloat16" if dtype == "mixed" else dtype
         own = {name: options.pop(name) for name in ("quantization", "compile") if name in options}
         config = ModelConfig(name_or_path=str(model), dtype=base, **own)
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0} | options.pop("zero", {})
         sharded = zero if options.pop("sharded", False) and stage == 3 else None
         self.classifier = load_classifier(config, ["a", "b", "c"], sharded=sharded)
         adapter = AdapterConfig(
-            **{"r": 4, "dtype": "model" if dtype == "bfloat16" else "float32"} | options.pop("adapter", {})
+            **{"r": 4, "dtype": "model" if dtype in ("bfloat16", "float16") else "float32"} | options.pop("adapter", {})
         )
         self.projections = output_projections(self.classifier.model, self.classifier.anatomy)
         network, self.table = add_adapters(self.classifier, adapter)
@@ -154,6 +154,7 @@ class Rig:
             "gradient_clipping": 1.0,
             "zero_optimization": zero,
             "bf16": {"enabled": dtype == "bfloat16"},
+            "fp16": {"enabled": dtype == "float16"},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,

@@ -121,7 +121,7 @@ def test_the_files_of_a_run(base, corpus):
     assert {path.name for path in base.iterdir()} == expected
     results = json.loads((base / "results.json").read_text())
     for key in ("steps", "wall_seconds", "examples_per_second", "world_size", "zero_stage", "peak_memory_bytes",
-                "peak_host_memory_bytes", "optimizer_state_bytes", "versions"):  # fmt: skip
+                "peak_host_memory_bytes", "optimizer_state_bytes", "parked_state_bytes", "versions"):  # fmt: skip
         assert key in results
     assert json.loads((base / "checkpoints/step_6/state.json").read_text())["versions"] == results["versions"]
     state = results["optimizer_state_bytes_at_selections"]

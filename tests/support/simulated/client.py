@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ com
 
 @dataclass(frozen=True)
 class Simulated:
-    """A run that has ended: results.json as rank 0 returned it, and where each rank's host would have waited."""
+    """A job that has ended: results.json of a run, or what a call returned, on rank 0.
 
-    results: dict[str, Any]
+    waits: of each rank, where its host would have waited: what, where, how often.
+    """
+
+    results: Any
     waits: list[list[tuple[str, str, int]]]
 
     def within_steps(self) -> list[tuple[str, str]]:
@@ -42,11 +45,18 @@ class Server:
         self._process = subprocess.Popen([sys.executable, "-m", "tests.support.simulated.server"], cwd=ROOT, text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)  # fmt: skip
 
-    def run(self, arguments: list[str], folder: Path, ranks: int = 1) -> Simulated:
-        """Train with `arguments`, whose run.output_dir is not yet set, into `folder`/run."""
+    def run(self, arguments: list[str], folder: Path, ranks: int = 1, *, whole: bool = False) -> Simulated:
+        """Train with `arguments`, whose run.output_dir is not yet set, into `folder`/run; bare unless `whole`."""
+        job = {"arguments": [*arguments, "--run.output_dir", str(folder / "run")], "whole": whole}
+        return self._do(job, folder, ranks)
+
+    def call(self, function: Callable[[], Any], folder: Path, ranks: int = 1) -> Simulated:
+        """Call a function of a module's, which returns what JSON can hold, on ranks that have the device."""
+        return self._do({"call": f"{function.__module__}:{function.__name__}"}, folder, ranks)
+
+    def _do(self, job: dict[str, Any], folder: Path, ranks: int) -> Simulated:
         folder.mkdir(parents=True, exist_ok=True)
-        job = {"arguments": [*arguments, "--run.output_dir", str(folder / "run")], "ranks": ranks, "port": free_port(),
-               "folder": str(folder)}  # fmt: skip
+        job |= {"ranks": ranks, "port": free_port(), "folder": str(folder)}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +34,7 @@ def _library() -> Path:
             [
                 "g++",
                 standard,
-                "-O1",
+                "-O0",
                 "-w",
                 "-shared",
                 "-fPIC",
@@ -71,13 +70,21 @@ ROOTS = ("/irtune/", "/deepspeed/", "/transformers/", "/peft/", "/bitsandbytes/"
 
 
 def _place() -> str:
-    stack = traceback.extract_stack()[:-3]
-    own = [f for f in stack if any(root in f.filename for root in ROOTS) and "fake_device" not in f.filename]
-    last = own[-1] if own else stack[-1]
-    mine = next((f for f in reversed(own) if "/irtune/" in f.filename), None)
-    text = f"{'/'.join(last.filename.split('/')[-3:])}:{last.lineno} {last.name}"
+    last = mine = None
+    frame = sys._getframe(1)
+    while frame is not None and (mine is None or last is None):  # traceback would read the sources
+        code, at = frame.f_code, None
+        if any(root in code.co_filename for root in ROOTS):
+            at = (code.co_filename.split("/"), frame.f_lineno, code.co_name)
+            last = last or at
+        if at and "/irtune/" in code.co_filename:
+            mine = at
+        frame = frame.f_back
+    if last is None:
+        return "elsewhere"
+    text = f"{'/'.join(last[0][-3:])}:{last[1]} {last[2]}"
     if mine is not None and mine is not last:
-        text += f" < {'/'.join(mine.filename.split('/')[-2:])}:{mine.lineno} {mine.name}"
+        text += f" < {'/'.join(mine[0][-2:])}:{mine[1]} {mine[2]}"
     return text
 
 

@@ -1,11 +1,14 @@
 """Runs of irtune on the simulated device, forked from one process that has imported everything.
 
-python -m tests.support.simulated.server    reads a job per line of standard input, JSON: arguments (options of
-    train.py), ranks, port, folder. Each rank writes FOLDER/rank_N.json: error or null, results, and waits, which has
-    [what, where, how often] for each place where the host would have waited for a GPU. A line is printed per job.
+python -m tests.support.simulated.server    reads a job per line of standard input, JSON: ranks, port, folder, and
+    either arguments (of train.py) and whole (with plan and pictures), or call (MODULE:FUNCTION). Each rank writes
+    FOLDER/rank_N.json: error or null, results, and waits, which has [what, where, how often] for each place where the
+    host would have waited for a GPU. A line is printed per job.
 """
 
 import collections
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -22,8 +25,10 @@ import torch
 
 from tests.support.simulated import nccl  # noqa: F401  # isort: skip  # replaces NCCL
 
+import tests.support.preload  # noqa: F401
 import irtune.train.run
 from irtune.config import load_config
+from tests.support.runs import bare
 
 torch.set_num_threads(1)
 
@@ -34,9 +39,13 @@ def _run(job: dict[str, Any], rank: int) -> dict[str, Any]:
                    "LOCAL_WORLD_SIZE": str(job["ranks"]), "LOCAL_SIZE": str(job["ranks"]),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"]),
                    "FAKE_CUDA_DEVICES": str(job["ranks"])}  # fmt: skip
-    config = load_config(job["arguments"])
     device.waits.clear()
-    results = irtune.train.run.run(config)
+    if "call" in job:
+        module, name = job["call"].split(":")
+        results = getattr(importlib.import_module(module), name)()
+    else:
+        with contextlib.nullcontext() if job["whole"] else bare():
+            results = irtune.train.run.run(load_config(job["arguments"]))
     found = collections.Counter(device.waits)
     return {"error": None, "results": results, "waits": [[*key, count] for key, count in found.items()]}
 

@@ -50,9 +50,9 @@ class Server:
         job = {"arguments": [*arguments, "--run.output_dir", str(folder / "run")], "whole": whole}
         return self._do(job, folder, ranks)
 
-    def call(self, function: Callable[[], Any], folder: Path, ranks: int = 1) -> Simulated:
-        """Call a function of a module's, which returns what JSON can hold, on ranks that have the device."""
-        return self._do({"call": f"{function.__module__}:{function.__name__}"}, folder, ranks)
+    def call(self, function: Callable[..., Any], folder: Path, *given: Any, ranks: int = 1) -> Simulated:
+        """Call a function of a module's on ranks that have the device; it takes and returns what JSON can hold."""
+        return self._do({"call": f"{function.__module__}:{function.__name__}", "given": given}, folder, ranks)
 
     def _do(self, job: dict[str, Any], folder: Path, ranks: int) -> Simulated:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class Server:
         """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=120)  # it may have begun just now
 
 
 def options_of(config: Config) -> list[str]:

@@ -1,9 +1,9 @@
 """Runs of irtune on the simulated device, forked from one process that has imported everything.
 
 python -m tests.support.simulated.server    reads a job per line of standard input, JSON: ranks, port, folder, and
-    either arguments (of train.py) and whole (with plan and pictures), or call (MODULE:FUNCTION). Each rank writes
-    FOLDER/rank_N.json: error or null, results, and waits, which has [what, where, how often] for each place where the
-    host would have waited for a GPU. A line is printed per job.
+    either arguments (of train.py) and whole (with plan and pictures), or call (MODULE:FUNCTION) and given (what it
+    takes). Each rank writes FOLDER/rank_N.json: error or null, results, and waits, which has [what, where, how often]
+    for each place where the host would have waited for a GPU. A line is printed per job.
 """
 
 import collections
@@ -25,8 +25,8 @@ import torch
 
 from tests.support.simulated import nccl  # noqa: F401  # isort: skip  # replaces NCCL
 
-import tests.support.preload  # noqa: F401
 import irtune.train.run
+import tests.support.preload  # noqa: F401
 from irtune.config import load_config
 from tests.support.runs import bare
 
@@ -42,7 +42,7 @@ def _run(job: dict[str, Any], rank: int) -> dict[str, Any]:
     device.waits.clear()
     if "call" in job:
         module, name = job["call"].split(":")
-        results = getattr(importlib.import_module(module), name)()
+        results = getattr(importlib.import_module(module), name)(*job["given"])
     else:
         with contextlib.nullcontext() if job["whole"] else bare():
             results = irtune.train.run.run(load_config(job["arguments"]))

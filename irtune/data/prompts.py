@@ -133,7 +133,7 @@ class Encoder:
         return encoded
 
     def encode_corpus(self, corpus: Corpus) -> Encoded:
-        """Token ids of every split; every rank does it for itself.
+        """Token ids of every split.
 
         On one CPU core, 3,000 pairs of sentences take a second; with the prompt diff, pairs of paragraphs (150 words
         each, shortened to 256 tokens) take 6 ms each, and of pages (550 words) 13 ms.

@@ -6,8 +6,9 @@ Rank and addresses come from the variables of the launcher (deepspeed, torchrun)
 import contextlib
 import datetime
 import hashlib
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from irtune.distributed.network import interface_towards
 from irtune.errors import ConfigError, DistributedError, IrtuneError
 
 _watch = Watch(None, 0, 1)  # that of the running process group
+_jobs = itertools.count()  # numbers of those that ranks share, of which each has a counter in their store
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,32 @@ def all_gather_object(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * launched_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def new_job() -> str:
+    """A name for work that ranks share, the same on all of them if they ask equally often."""
+    return f"job/{next(_jobs)}"
+
+
+def made_together(job: str, make: Callable[[Any], Any], items: Sequence[Any], size: int) -> dict[int, Any]:
+    """What `make` makes of those `items` that fall to this rank, by place: the next `size` to whom comes first.
+
+    No rank waits for another here, so one that has something else to do leaves its share to the others; `joined` puts
+    their parts together.
+    """
+    if launched_world_size() == 1:
+        return dict(enumerate(map(make, items)))
+    store = dist.distributed_c10d._get_default_store()
+    mine: dict[int, Any] = {}
+    while (first := size * (store.add(job, 1) - 1)) < len(items):
+        mine |= {place: make(items[place]) for place in range(first, min(first + size, len(items)))}
+    return mine
+
+
+def joined(mine: dict[int, Any]) -> list[Any]:
+    """The parts of all ranks that `made_together` made, in the order of the items. Collective."""
+    parts = {place: made for part in all_gather_object(mine) for place, made in part.items()}
+    return [parts[place] for place in sorted(parts)]
 
 
 def barrier() -> None:

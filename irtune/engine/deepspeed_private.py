@@ -74,6 +74,17 @@ def asking_torch_for_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def initializing() -> Iterator[None]:
+    """Inside, `deepspeed.initialize` may be called: `asking_torch_for_memory`, and without DeepCompile.
+
+    irtune does not use it, and to register its passes on a GPU is to import torch's compiler.
+    """
+    with asking_torch_for_memory(), contextlib.ExitStack() as undo:
+        _replace(undo, deepspeed.runtime.engine, "is_deepcompile_supported", lambda: False)
+        yield
+
+
+@contextlib.contextmanager
 def rebuilding(engine: Any, trained: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, the old optimizer may be destroyed and `engine._configure_optimizer` called, at a fraction of the cost.
 

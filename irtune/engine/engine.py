@@ -28,7 +28,7 @@ from irtune.config.declarations import adapter_kinds
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import join_deepspeed
 from irtune.engine.contrastive import Contrast
-from irtune.engine.deepspeed_private import asking_torch_for_memory, can_update_on_device, check_version, rebuilding
+from irtune.engine.deepspeed_private import can_update_on_device, check_version, initializing, rebuilding
 from irtune.engine.layer_state import HEAD, EngineState, Key
 from irtune.engine.losses import Loss, cross_entropy, disagreement
 from irtune.engine.recompute import Recompute
@@ -96,7 +96,7 @@ class Engine:
         join_deepspeed()
         gc.collect()
         gc.freeze()  # ZeRO 3 runs the collector at every rebuild: spare it the model's objects
-        with asking_torch_for_memory():
+        with initializing():
             self.ds, *_ = deepspeed.initialize(model=model, optimizer=self._new_adamw([]), config=settings)
         self._take_over_update()
         self.applied = torch.ones((), dtype=torch.bool, device=self.device)

@@ -1,6 +1,7 @@
 """Read every input and make every check of a run before the first byte is written."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ from irtune.train.resume import ResumePoint, began_without_padding, find_checkpo
 from irtune.train.training_data import TrainingData, Variant
 
 log = logging.getLogger("irtune")
+ENCODED_AT_A_TIME = 64  # examples, by a rank
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         class_weights(config.optim, corpus.labels)  # they fit the labels?
         digest = corpus_digest(corpus)
         synonyms, synonyms_digest = _synonyms(config)
-    found = {"the corpus": digest, "the synonyms": synonyms_digest}
-    nodes.check_equal(found | {"the checkpoint to continue from": latest.name if latest else "none"})
+    inputs = {"the corpus": digest, "the synonyms": synonyms_digest}
+    nodes.check_equal(inputs | {"the checkpoint to continue from": latest.name if latest else "none"})
+    job = runtime.new_job()
     with runtime.shared_errors():
         memory = _estimate_memory(config, settings, world, corpus)
         classifier = load_classifier(
@@ -134,9 +137,13 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         classifier.run = RunFacts.of(config)
         check_length(config, classifier)
         encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
+        # While rank 0 counts memory, the others do its share.
+        examples = [example for split in corpus.splits.values() for example in split]
+        share = runtime.made_together(job, encoder.encode, examples, ENCODED_AT_A_TIME)
     nodes.check_equal({"the tokenizer with its prompt": encoder.digest()})
+    found = iter(runtime.joined(share))
+    encoded = {split: list(itertools.islice(found, len(examples))) for split, examples in corpus.splits.items()}
     with runtime.shared_errors():
-        encoded = encoder.encode_corpus(corpus)
         check_tokens(classifier, encoded.values())
         projections, ratios = _score_constants(config, classifier)  # before adapters wrap the modules
         guard = watch(classifier, encoded["train"])

@@ -51,18 +51,30 @@ def test_learning_rates_by_hand():
 def fail_on_rank_one():
     world = runtime.read_world()
     runtime.start(world, 30)
+    made = [work_together(world.rank, busy) for busy in (None, 0)]
     try:
         with runtime.shared_errors():
             if world.rank == 1:
                 raise DataError("row 7 is bad")
     except (DataError, DistributedError) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}", made
     finally:
         runtime.stop()
-    return None
+    return None, made
 
 
-def test_an_error_of_one_rank_reaches_all():
-    messages = run_ranks(fail_on_rank_one, 3)
+def work_together(rank, busy):
+    """The squares of 0 to 9, which ranks make three at a time, and those that this rank has made; one does not help."""
+    job = runtime.new_job()
+    mine = {} if rank == busy else runtime.made_together(job, lambda number: number**2, range(10), 3)
+    return runtime.joined(mine), sorted(mine)
+
+
+def test_an_error_of_one_rank_reaches_all_and_work_is_shared():
+    messages, made = zip(*run_ranks(fail_on_rank_one, 3))
     assert messages[1] == "DataError: row 7 is bad"
     assert messages[0] == messages[2] == "DistributedError: rank 1: row 7 is bad"
+    for turn in (0, 1):
+        assert [ranks[turn][0] for ranks in made] == [[n**2 for n in range(10)]] * 3
+        assert sorted(place for ranks in made for place in ranks[turn][1]) == list(range(10))  # each of them once
+    assert made[0][1][1] == []

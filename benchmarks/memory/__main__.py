@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory                        # with a GPU: a Llama 3.1 8B of random weights, 16 x 256 tokens
     python -m benchmarks.memory --device cpu           # a small model, tensors counted one by one; minutes
-    python -m benchmarks.memory --only "ir, nf4"       # cases whose name begins so
+    python -m benchmarks.memory --only "ir, nf4"       # cases whose name begins so; with --exact: that is so
 
 Each case runs in a process of its own. Results go to benchmarks/results/memory-DEVICE.json, where cases that are not
 run again keep their last result, and a table to standard output. On a GPU, bytes are those of torch's allocator: what
@@ -40,6 +40,7 @@ def main() -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device != "cpu"
     shape, rows, length = ("llama3.1-8b", 16, 256) if on_gpu else ("small", 4, 64)
+    shape, rows, length = options.shape or shape, options.rows or rows, options.tokens or length
     cases = [
         Case(system, quantization, checkpointing, rows, length)
         for quantization, checkpointing, system in itertools.product(
@@ -47,7 +48,7 @@ def main() -> int:
         )
         if not (system == "lean" and quantization == "none" and not on_gpu)
     ]
-    cases = [case for case in cases if case.name.startswith(options.only)]
+    cases = [case for case in cases if (case.name if options.exact else case.name[: len(options.only)]) == options.only]
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia ")) if on_gpu else "cpu"
     file = Path(options.output or ROOT / "benchmarks" / "results" / f"memory-{name}.json")
     known = {row["case"]: row for row in json.loads(file.read_text())["cases"]} if file.is_file() else {}
@@ -75,6 +76,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is a GPU")
     parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--exact", action="store_true", help="only the case of exactly this name")
+    parser.add_argument("--shape", help="llama3.1-8b, llama3.2-1b or small; default: the first on a GPU, else the last")
+    parser.add_argument("--rows", type=int, help="texts of a micro-batch")
+    parser.add_argument("--tokens", type=int, help="of each text")
     parser.add_argument("--output", help="the JSON file")
     parser.add_argument("--scratch", help="folder for the model, kept; default: a temporary one")
     parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -9,14 +9,6 @@ import torch
 from benchmarks.memory.cases import LABELS, SHAPES, save_model
 from irtune.data.synthetic import write_corpus
 
-SHAPES.setdefault(
-    "llama3.2-1b",
-    {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256,
-    },
-)  # fmt: skip
-
 
 def write_inputs(folder: Path, shape: str, tokens: int, device: str | None) -> tuple[Path, Path]:
     """Write a model of `shape` and a corpus; returns their folders.

@@ -127,10 +127,7 @@ class Engine:
 
     @property
     def probe_scale(self) -> float:
-        """What `probe` multiplies the loss with, so that fp16 does not round small gradients to zero.
-
-        The loss scale of steps, but no more than a first pass bears: one that overflows is not repeated.
-        """
+        """What `probe` multiplies the loss with: in fp16 the steps' scale, but no more than a single pass bears."""
         return min(self._loss_scale(), PROBE_SCALE)
 
     def _loss_scale(self) -> float:
@@ -166,10 +163,7 @@ class Engine:
         return loss if self.contrast is None else loss + self.contrast(batch)
 
     def probe(self, batch: dict[str, torch.Tensor], *, backward: bool) -> None:
-        """Forward, and backward where asked, for the hooks of a score only: no gradient reaches the optimizer.
-
-        Gradients are those of `probe_scale` x the mean loss.
-        """
+        """Forward, and backward of `probe_scale` x the loss where asked, for the hooks of a score only."""
         if not backward:
             with torch.no_grad():
                 self.module(**split_batch(batch)[0])

@@ -39,7 +39,8 @@ phase() {
     status=$?
     kill -KILL -- -$session 2>/dev/null
     say "$name: exit $status"
-    grep -vE 'Writing model|it/s]|Warning|warnings.warn' "$log" | tail -"$lines" | cut -c1-220 | tee -a "$OUT/summary.txt"
+    local noise='compatibility check|Writing model|it/s]|kernels-community|Warning|warnings.warn'
+    grep -vE "$noise" "$log" | tail -"$lines" | cut -c1-220 | tee -a "$OUT/summary.txt"
     keep
     return $status
 }

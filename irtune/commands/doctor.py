@@ -113,15 +113,20 @@ def _accelerators() -> list[str]:
     found = []
     for number in range(torch.cuda.device_count()):
         one = torch.cuda.get_device_properties(number)
-        formats = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        formats = "bfloat16" if _computes_bfloat16(number) else "no bfloat16, no flash attention 2"
         found.append(f"{one.name}, {one.total_memory / 2**30:.0f} GiB, compute {one.major}.{one.minor}, {formats}")
     return found
 
 
 def _gpus() -> list[tuple[int, bool]]:
     """Bytes of each GPU, and whether it computes in bfloat16."""
-    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return [(torch.cuda.get_device_properties(n).total_memory, bfloat16) for n in range(torch.cuda.device_count())]
+    numbers = range(torch.cuda.device_count())
+    return [(torch.cuda.get_device_properties(n).total_memory, _computes_bfloat16(n)) for n in numbers]
+
+
+def _computes_bfloat16(number: int) -> bool:
+    """Whether a GPU computes in bfloat16; older ones emulate it, which torch counts as well."""
+    return torch.cuda.get_device_properties(number).major >= 8
 
 
 def _cpu_flags() -> set[str]:

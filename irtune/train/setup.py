@@ -47,6 +47,7 @@ from irtune.memory.measure import device_memory_bytes
 from irtune.models import Classifier, RunFacts, load_classifier
 from irtune.models.anatomy import output_projections
 from irtune.models.head_words import start_from_words
+from irtune.models.kernels import check_gpu
 from irtune.models.limits import check_tokens
 from irtune.models.quantization import elements
 from irtune.selection import Chooser
@@ -105,7 +106,7 @@ def engine_settings(config: Config, world: World) -> dict[str, Any]:
 
 def _check_device(config: Config, world: World) -> list[str]:
     if world.device.type == "cuda":
-        return []
+        return check_gpu(config.model, world.device)
     problems = []
     if config.model.dtype == "float16":
         problems.append("model.dtype float16 needs a GPU; on a CPU use bfloat16 or float32")

@@ -8,11 +8,12 @@ import torch
 from transformers import LlamaForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from irtune.config import load_config
+from irtune.config import ModelConfig, load_config
 from irtune.errors import ConfigError
 from irtune.models import kernels
-from irtune.models.kernels import add_fused_kernels, attention_kernel, compile_layers
+from irtune.models.kernels import add_fused_kernels, attention_kernel, check_gpu, compile_layers
 from irtune.models.kernels.attention import SHORT, attention_by_products, attention_on_cpus, is_short
+from irtune.models.kernels.hardware import missing_compiler
 from tests.support import tiny
 from tests.support.ranks import run_ranks
 
@@ -167,3 +168,43 @@ def test_evaluation_long_texts_and_dropout_take_the_kernels_of_torch():
     assert torch.equal(attention_on_cpus(module, query, key, value, None)[0], wide.bfloat16())
     assert not is_short(key[:, :, :9], {"dropout": 0.1})
     assert not is_short(key[:, :, :9], {"position_bias": torch.zeros(1)})
+
+
+@pytest.mark.quick
+def test_a_gpu_of_an_older_generation_is_told_what_it_lacks(monkeypatch, caplog):
+    def on(capability, **model):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_120a", "compute_120"])
+        caplog.clear()
+        return check_gpu(ModelConfig(**model), torch.device("cuda", 0)), caplog.text
+
+    flash = {"dtype": "float16", "attn_implementation": "flash_attention_2"}
+    older = "needs a GPU of compute capability {} or newer; this one (Tesla T4) has {}: use {}"
+    assert on((7, 5), **flash) == (
+        [f"model.attn_implementation flash_attention_2 {older.format(8.0, 7.5, 'sdpa')}"],
+        "",
+    )
+    assert on((9, 0), **flash) == ([], "") == on((9, 0), dtype="bfloat16") == on((7, 5), dtype="float16")
+    problems, said = on((7, 5), dtype="bfloat16", quantization="int8")
+    assert problems == [] and "bfloat16 is fast on GPUs of compute capability 8.0 or newer; this one" in said
+    problems, _ = on((7, 0), dtype="float32", quantization="int8")
+    assert problems == [
+        "this build of torch is for compute capability 7.5 or newer; this one (Tesla T4) has 7.0",
+        f"model.quantization int8 {older.format(7.5, 7.0, 'nf4 or none')}",
+    ]
+
+
+@pytest.mark.quick
+def test_without_a_compiler_layers_stay_as_they_are(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    layer = torch.nn.Linear(2, 2)
+    compile_layers([layer])
+    assert layer._compiled_call_impl is None
+    assert (
+        "model.compile needs a compiler (no-such-compiler), and there is none; the layers are not compiled"
+        in caplog.text
+    )
+    assert missing_compiler(on_cpu=True) == "no-such-compiler"
+    monkeypatch.setenv("CXX", "python")  # something that is there
+    assert missing_compiler(on_cpu=True) is None

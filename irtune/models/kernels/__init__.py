@@ -13,11 +13,13 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from irtune.models.kernels.attention import CPU_ATTENTION
+from irtune.models.kernels.hardware import check_gpu, missing_compiler
 from irtune.models.kernels.masks import track_padding
 
 __all__ = [
     "add_fused_kernels",
     "attention_kernel",
+    "check_gpu",
     "compile_layers",
     "takes_any_kernel",
     "track_padding",
@@ -107,8 +109,13 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Compile each layer by itself, with lengths that may change, in place.
 
     A layer is compiled once for each combination of trained or frozen, with or without an update, with or without a
-    gradient of its input, recomputed or not, training or evaluation; all layers of one kind share them.
+    gradient of its input, recomputed or not, training or evaluation; all layers of one kind share them. Says so where
+    there is no compiler; the layers stay as they are then.
     """
+    missing = missing_compiler(on_cpu=not torch.cuda.is_available())
+    if missing:
+        log.warning("model.compile needs a compiler (%s), and there is none; the layers are not compiled", missing)
+        return
     # By default torch stops compiling after 8 of them.
     torch._dynamo.config.recompile_limit = max(COMBINATIONS, torch._dynamo.config.recompile_limit)
     for layer in layers:

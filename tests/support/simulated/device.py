@@ -195,6 +195,7 @@ _set(
     get_device_properties=lambda device=None: _properties,
     get_device_name=lambda device=None: "Fake GPU",
     get_device_capability=lambda device=None: (9, 0),
+    get_arch_list=lambda: ["sm_90"],
     is_bf16_supported=lambda *_, **__: True,
     is_current_stream_capturing=lambda: False,
     manual_seed=lambda seed: None,

@@ -12,7 +12,7 @@ rm -rf "$ROOT/.gpu"
 mkdir -p "$ROOT/.gpu"
 cd "$ROOT"
 # What images with torch often lack, in the versions of this environment; liger-kernel, if it is not here, the newest.
-names=(transformers tokenizers safetensors huggingface_hub peft datasets accelerate tensorboard torchmetrics
+names=(transformers tokenizers regex tqdm pyyaml psutil safetensors huggingface_hub peft datasets accelerate tensorboard torchmetrics
     lightning-utilities jsonargparse docstring-parser typeshed-client rapidfuzz gguf hjson msgpack py-cpuinfo pydantic
     pydantic-core annotated-types typing-inspection typing-extensions dill multiprocess xxhash liger-kernel)
 wanted() {

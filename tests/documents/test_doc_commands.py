@@ -134,6 +134,7 @@ def test_the_readme_has_commands_of_every_kind():
 ELSEWHERE = {
     r"python -m irtune compare ": "tests/commands/test_compare.py::test_a_comparison_writes_table_numbers_and_picture",
     r"(IRTUNE_DATA=\S+ )?python -m benchmarks\.speed": "tests/benchmarks/test_speed.py::test_all_sides_ran_on_as_many_examples",  # noqa: E501
+    r"(OUT=\S+ )?bash benchmarks/gpu_(pack|day)\.sh": "tests/jobs/test_gpu_day.py::test_a_rehearsal",
     r"python benchmarks/growth\.py": "tests/benchmarks/test_growth.py::test_a_point_of_each_kind_is_measured",
     r"python benchmarks/serve\.py": "tests/commands/test_serve.py::test_the_benchmark_counts_what_is_lost_or_wrong",
     r"python benchmarks/nodes\.py": "tests/jobs/test_nodes.py::test_the_cable_carries_what_the_plan_says",

@@ -5,7 +5,8 @@
 #   on the machine:        OUT=FOLDER bash benchmarks/gpu_day.sh    from a copy of the checkout, .gpu in it
 # Everything goes to OUT as it is found: summary.txt, and results.tgz with JSON files and the logs of all phases.
 # PY: a Python that has the packages; then nothing is installed. SHAPE, LITTLE: the two models. TOKENS, ROWS: texts of a
-# micro-batch. SECONDS_IN_ALL: for the whole. A rehearsal is in tests/jobs/test_gpu_day.py.
+# micro-batch. SECONDS_IN_ALL: for the whole; PATIENCE: multiplies the time that each part may take. A rehearsal is in
+# tests/jobs/test_gpu_day.py.
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 OUT=${OUT:?the folder for results}
@@ -16,6 +17,7 @@ WORK=$(mktemp -d)
 SCRATCH=$([[ -w /dev/shm ]] && mktemp -d -p /dev/shm || mktemp -d)
 trap 'rm -rf "$SCRATCH" "$WORK"' EXIT
 mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 DS_BUILD_OPS=0 HF_HUB_OFFLINE=1 \
     TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 IRTUNE_CACHE=$WORK/cache TRANSFORMERS_VERBOSITY=error \
     PYTHONWARNINGS=ignore DS_ACCELERATOR=cuda
@@ -28,7 +30,7 @@ keep() {
 }
 # phase NAME SECONDS LINES COMMAND...: at most so long, and never beyond the end; its last lines go into the summary.
 phase() {
-    local name=$1 most=$2 lines=$3 log=$WORK/$1.log time session status
+    local name=$1 most=$(($2 * ${PATIENCE:-1})) lines=$3 log=$WORK/$1.log time session status
     shift 3
     time=$(($(left) < most ? $(left) : most))
     ((time < 15)) && say "$name: no time left" && return 1

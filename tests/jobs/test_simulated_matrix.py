@@ -95,6 +95,7 @@ def test_it_ends_on_two_ranks(gpu, llama, corpus, tmp_path, name):
     assert train(gpu, llama, corpus, tmp_path, name, 2).results["world_size"] == 2
 
 
+@pytest.mark.timeout(900)
 def test_every_adapter_type_and_method_ends(gpu, llama, corpus, tmp_path):
     cases = {name: ["--adapter.type", name, *NEEDED.get(name, [])] for name in adapter_kinds()
              if name not in UNKNOWN}  # fmt: skip

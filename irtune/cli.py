@@ -1,5 +1,6 @@
 """Entry points: errors that a user can fix become one message and exit status 2, without a traceback."""
 
+import contextlib
 import difflib
 import importlib
 import shlex
@@ -27,8 +28,11 @@ def train(arguments: Sequence[str]) -> int:
     try:
         config = load_config(arguments)
         show_traceback = config.run.traceback
-        # Imported late: a mistake in the configuration is reported at once, without loading torch.
-        from irtune.train.run import run
+        # Imported late: a mistake in the configuration is reported at once, without loading torch. peft imports
+        # bitsandbytes wherever it is, and with it torch's compiler: a second that only a quantised base needs.
+        quantised = config.model.quantization != "none"
+        with contextlib.nullcontext() if quantised else console.without("bitsandbytes"):
+            from irtune.train.run import run
 
         results = run(config)
     except IrtuneError as error:

@@ -1,7 +1,10 @@
 """Who may speak on the console: rank 0 and errors. What libraries note to each other is not for users."""
 
+import contextlib
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import TextIO
 
 from irtune.distributed import environment
@@ -27,6 +30,22 @@ def quiet_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def without(package: str) -> Iterator[None]:
+    """Inside, packages that are imported take `package` for one that is not installed, unless it is imported already.
+
+    For what they would import in any case and the program does not use.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def let_speak(stream: TextIO, *, is_main: bool) -> None:

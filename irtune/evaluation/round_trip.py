@@ -18,7 +18,7 @@ from irtune.evaluation.saved_run import load_run
 from irtune.files import write_json
 from irtune.models import Classifier
 from irtune.models.pooling import pooling_of
-from irtune.models.quantization import elements
+from irtune.models.weights import elements
 
 STIR = 0.05  # what parameters are moved by, in their own standard deviations and absolutely where they are all alike
 TOLERANCE = 1e-2  # of logits, relative to the largest: the same products in the same format differ by less

@@ -29,7 +29,6 @@ from irtune.files import fingerprint
 from irtune.models import DTYPES, Classifier, load_classifier
 from irtune.models.limits import check_tokens
 from irtune.models.pooling import HEAD_FILE, load_head, pooling_of
-from irtune.models.quantization import dequantize
 from irtune.tasks import SINGLE_LABEL, Task, task_of
 
 
@@ -136,6 +135,8 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
     model_config = config.model if as_trained else dataclasses.replace(config.model, dtype=dtype)  # type: ignore[arg-type]
     classifier = load_classifier(model_config, labels, device, problem_type=task.problem_type)
     if dtype is not None and rounded:  # the weights that the adapter was trained on, in the wanted format
+        from irtune.models.quantization import dequantize  # late: see irtune.cli
+
         dequantize(classifier.model, DTYPES[dtype])
     encoder = Encoder(classifier.tokenizer, config.data, labels, edits=pools_edits(config.model))
     model: nn.Module = classifier.model

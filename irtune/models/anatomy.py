@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from irtune.distributed.partitioned import is_partitioned, whole
 from irtune.errors import ModelError
-from irtune.models import quantization
+from irtune.models.weights import elements, plain_weight
 
 log = logging.getLogger(__name__)
 ATTENTION_NAMES = ("attn", "attention")
@@ -47,7 +47,7 @@ def find_anatomy(model: nn.Module, missing: Collection[str] = ()) -> Anatomy:
     """
     best, size = "", 0
     for name, module in model.named_modules():
-        count = sum(quantization.elements(parameter) for parameter in module.parameters())
+        count = sum(elements(parameter) for parameter in module.parameters())
         # Outer lists come first, so that a list inside a layer (experts) never beats the list of layers.
         if isinstance(module, nn.ModuleList) and count > size:
             best, size = name, count
@@ -119,7 +119,7 @@ class PlainWeights(Sequence[torch.Tensor]):
         """The weight at `place`, a number."""
         module = self.modules[place]
         with whole(module.parameters(recurse=False)):
-            weight = quantization.plain_weight(module)
+            weight = plain_weight(module)
             return weight.detach().clone() if is_partitioned(weight) else weight
 
 

@@ -22,7 +22,6 @@ from irtune.config.schema import Config, ModelConfig
 from irtune.distributed import runtime
 from irtune.distributed.partitioned import make_whole, sharded_loading
 from irtune.errors import ModelError, one_line
-from irtune.models import quantization
 from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.models.files import check_files, find_source, without_safetensors
 from irtune.models.head import fit_head, set_labels
@@ -108,7 +107,8 @@ def load_classifier(
             **_quantized_loading(config, skeleton, device),
         )
     add_pooling(model, config)
-    quantization.settle(model)
+    if config.quantization != "none":
+        _quantization().settle(model)
     track_padding(model)
     suit_pooling(model, tokenizer)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
@@ -170,6 +170,13 @@ def _check_padding_token(source: str, tokenizer: PreTrainedTokenizerBase, settin
         )
 
 
+def _quantization() -> Any:
+    """Imported late: bitsandbytes brings torch's compiler along, a second of each start."""
+    from irtune.models import quantization
+
+    return quantization
+
+
 def _quantized_loading(config: ModelConfig, skeleton: nn.Module, device: torch.device | None) -> dict[str, Any]:
     """What `from_pretrained` gets about quantisation: all linear modules of the layers, and no other."""
     if config.quantization == "none":
@@ -177,7 +184,7 @@ def _quantized_loading(config: ModelConfig, skeleton: nn.Module, device: torch.d
     layers = find_anatomy(skeleton).layers
     kept = [n for n, part in skeleton.named_modules() if is_linear(part) and not n.startswith(f"{layers}.")]
     device = device or runtime.read_world().device
-    return quantization.loading_options(config.quantization, DTYPES[config.dtype], device, kept)
+    return _quantization().loading_options(config.quantization, DTYPES[config.dtype], device, kept)
 
 
 def _skeleton(config: ModelConfig, settings: PretrainedConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Quantised base weights through bitsandbytes. The only file that uses it.
+"""Quantised base weights through bitsandbytes. The only file that uses it, imported where a base is quantised.
 
 nf4: 4 bits per weight in blocks of 64, the blocks' scales in 8 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 int8: 8 bits per weight, a scale per output, and activations in 8 bits but for outliers (LLM.int8(), Dettmers et al.
@@ -21,6 +21,8 @@ from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_wei
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
+
+from irtune.models.weights import plain_weight
 
 
 def loading_options(kind: str, dtype: torch.dtype, device: torch.device, kept: Iterable[str]) -> dict[str, Any]:
@@ -107,6 +109,10 @@ class Linear4bit(bnb.nn.Linear4bit):
             return nn.functional.linear(input, plain_weight(self).to(input.dtype), bias)
         return bnb.matmul_4bit(input, weight.data, bias=bias, quant_state=weight.quant_state)
 
+    def dequantized_weight(self) -> torch.Tensor:
+        """W, [out, in]."""
+        return _plain_4bit(self.weight)
+
 
 class Linear8bit(bnb.nn.Linear8bitLt):
     """A linear module with int8 weights that computes in the number format of its input."""
@@ -119,32 +125,16 @@ class Linear8bit(bnb.nn.Linear8bitLt):
         """W input + b without gradients."""
         return super().forward(input)
 
+    def dequantized_weight(self) -> torch.Tensor:
+        """W, [out, in]."""
+        weight: Any = self.weight
+        scales = weight.SCB if self.state.SCB is None else self.state.SCB  # the first product moves them
+        return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether `module` holds quantised weights itself."""
     return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
-
-
-def elements(parameter: torch.Tensor) -> int:
-    """Weights that `parameter` stands for: packed or partitioned ones have fewer numbers than weights."""
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        return math.prod(state.shape)
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # of ZeRO 3's shares, that of the whole
-
-
-def plain_weight(module: nn.Module) -> torch.Tensor:
-    """The weight that a linear module computes with: its own, or the quantised one as floating-point numbers.
-
-    Shape [out, in] (GPT-2's Conv1D: [in, out] while it is not quantised). Quantised ones are dequantised by each call.
-    """
-    weight: Any = module.weight
-    if isinstance(module, bnb.nn.Linear4bit):
-        return _plain_4bit(weight)
-    if isinstance(module, bnb.nn.Linear8bitLt):
-        scales = weight.SCB if module.state.SCB is None else module.state.SCB  # the first product moves them
-        return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
-    return weight
 
 
 def _plain_4bit(weight: Any) -> torch.Tensor:

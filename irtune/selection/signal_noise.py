@@ -7,7 +7,7 @@ from torch import nn
 
 from irtune.distributed.partitioned import whole
 from irtune.models.anatomy import Anatomy, is_linear
-from irtune.models.quantization import plain_weight
+from irtune.models.weights import plain_weight
 
 
 def signal_to_noise(weight: torch.Tensor) -> float:

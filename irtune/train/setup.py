@@ -49,7 +49,7 @@ from irtune.models.anatomy import output_projections
 from irtune.models.head_words import start_from_words
 from irtune.models.kernels import check_gpu
 from irtune.models.limits import check_tokens
-from irtune.models.quantization import elements
+from irtune.models.weights import elements
 from irtune.selection import Chooser
 from irtune.selection.registry import build_chooser
 from irtune.selection.scores import WEIGHT_SCORES, LayerScores

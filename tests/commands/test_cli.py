@@ -1,5 +1,8 @@
 """train.py as a user meets it: exit statuses, one message, no traceback."""
 
+import importlib
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from irtune import console
 from tests.support import ROOT
 from tests.support.tiny import engine_json
 
@@ -95,3 +99,25 @@ def test_launch_scripts_pass_shellcheck():
     scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.sh"))
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.quick
+def test_a_package_that_the_program_does_not_use_is_not_there_for_others():
+    assert importlib.util.find_spec("this") is not None
+    sys.modules.pop("this", None)
+    with console.without("this"):
+        assert importlib.util.find_spec("this") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("this")
+    assert "this" not in sys.modules and importlib.util.find_spec("this") is not None
+    with console.without("json"):  # it is imported already
+        assert importlib.import_module("json") is json
+
+
+def test_a_start_without_quantisation_imports_no_compiler():
+    program = (
+        "import sys; from irtune import console\n"
+        "with console.without('bitsandbytes'): import irtune.train.run\n"
+        "sys.exit(len({'bitsandbytes', 'torch._inductor.compile_fx'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

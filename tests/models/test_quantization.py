@@ -15,7 +15,8 @@ from irtune.distributed.runtime import World
 from irtune.errors import ModelError
 from irtune.models import load_classifier
 from irtune.models.anatomy import find_anatomy, linear_names, output_projections
-from irtune.models.quantization import elements, is_quantized
+from irtune.models.quantization import is_quantized
+from irtune.models.weights import elements
 from irtune.selection.scores import LayerScores
 from irtune.selection.signal_noise import layer_ratios, signal_to_noise
 from tests.support.quantized import LABELS, batch_for, bits, load, reference, rounded

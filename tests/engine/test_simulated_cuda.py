@@ -67,10 +67,9 @@ def test_a_run_equals_the_cpus_and_its_steps_do_not_wait(run_on_gpu, cpu, name):
         assert losses(run) == pytest.approx(losses(wanted), abs=TOLERANCE)
     assert seen.results["skipped_steps"] <= (name == "fp16")  # while its loss scale is looked for
     waits = seen.within_steps()
-    if name == "fp16":  # whose loss scale follows what the host has read
-        assert {what for what, place in waits} == {"aten::_local_scalar_dense"}
-    else:  # DeepSpeed's ZeRO 3 reads on the host in every step, which shows that waits are seen at all
-        assert bool(waits) == (name == "zero3"), waits
+    # DeepSpeed's ZeRO 3 reads on the host in every step, and so does fp16, whose loss scale follows what the host has
+    # read. Both show that waits are seen at all.
+    assert bool(waits) == (name in ("zero3", "fp16")), waits
     rebuilt = [what for found in seen.waits for what, place, _ in found if "reselect" in place]
     assert not [what for what in rebuilt if "empty_cache" in what]
 

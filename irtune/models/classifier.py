@@ -119,10 +119,10 @@ def load_classifier(
     if sharded is not None:
         make_whole(heads)
     trained = {f"{part}.{name}" for part, head in zip(anatomy.head, heads) for name, _ in head.named_parameters()}
-    if config.pooling == "class" and before != list(labels) and not random >= trained:
+    if config.pooling == "class" and before != list(labels) and not set(info["missing_keys"]) >= trained:
         one_more = copy.deepcopy(settings)
         one_more.id2label = dict(enumerate([*labels, ""]))
-        fit_head(model, anatomy, _skeleton(config, one_more), before, labels, random)
+        fit_head(model, anatomy, _skeleton(config, one_more), before, labels, random, _replaced(info))
     return Classifier(model, tokenizer, anatomy)
 
 

@@ -35,7 +35,7 @@ def with_head(models, folder, names, **settings):
     """A classifier of the zoo's Qwen2 whose row i is ROWS[i], for the label names[i]."""
     source = zoo.build("qwen2", models)
     model = AutoModelForSequenceClassification.from_pretrained(source, id2label=dict(enumerate(names)), **settings)
-    model.score.weight.data.copy_(ROWS)
+    model.score.weight.data.copy_(ROWS[: len(names)])
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
@@ -55,10 +55,19 @@ def test_rows_of_a_head_follow_the_names_of_labels(models, tmp_path, names, rows
     assert list(classifier.model.config.id2label.values()) == list(zoo.LABELS)
 
 
-@pytest.mark.parametrize("names", [("LABEL_0", "LABEL_1", "LABEL_2"), ("style", "clarity", "meaning")])
-def test_a_head_for_other_labels_starts_anew(models, tmp_path, names, caplog):
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("LABEL_0", "LABEL_1", "LABEL_2"), zoo.LABELS),
+        (("style", "clarity", "meaning"), zoo.LABELS),
+        (("style", "clarity"), zoo.LABELS),  # whose rows transformers draws
+        (("style", "clarity", "fluency"), ("Style", "style", "fluency")),  # two for one row
+    ],
+)
+def test_a_head_for_other_labels_starts_anew(models, tmp_path, names, labels, caplog):
     with caplog.at_level(logging.INFO, "irtune"):
-        weight = load(with_head(models, tmp_path, names)).model.score.weight
+        weight = load(with_head(models, tmp_path, names), labels).model.score.weight
+    assert weight.shape == (3, 32)
     assert weight.abs().max() < 0.2
     assert weight.std() > 0.01
     assert f"the head of the files is for other labels ({', '.join(names)})" in caplog.text

@@ -6,7 +6,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    ConvBertConfig,
+    ConvBertForSequenceClassification,
+)
 
 from irtune.adapters.build import add_adapters
 from irtune.adapters.guard import check_length, watch
@@ -157,6 +162,22 @@ def test_the_guard_sees_padding_that_counts(models):
     classifier.model.config.pad_token_id = 77  # the class is then read at the padding
     with pytest.raises(ModelError, match="GPT2ForSequenceClassification computes something else for a text alone"):
         watch(classifier, TEXTS)
+
+
+def test_the_guard_sees_padding_that_counts_less_than_rounding(tmp_path):
+    """ConvBERT's convolutions read the padding: in bf16 that is less than what another batch rounds differently."""
+    torch.manual_seed(0)
+    shape = {name: value for name, value in zoo.ZOO["bert"][2].items() if name != "type_vocab_size"}
+    names = dict(enumerate(zoo.LABELS))
+    model = ConvBertForSequenceClassification(ConvBertConfig(**shape, embedding_size=32, id2label=names))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.14)
+    model.save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    texts = [{"input_ids": list(range(4, 4 + length))} for length in (5, 30)]
+    with pytest.raises(ModelError, match="ConvBertForSequenceClassification computes something else for a text alone"):
+        watch(load(tmp_path, dtype="bfloat16"), texts, patient=True)
 
 
 def test_the_guard_sees_adapters_that_are_not_silent_or_learn_nothing(models):

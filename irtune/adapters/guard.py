@@ -269,11 +269,14 @@ def _check_padding(
 ) -> None:
     change = _difference(alone, together)
     if change > _tolerance(classifier.model, table):
+        settings: Any = classifier.model.config
+        own = "" if settings._attn_implementation == "eager" else "model.attn_implementation to eager, or "
+        advice = "adapter.type to lora or bottleneck, or " if before else own
         raise ModelError(
             f"{before}{type(classifier.model).__name__} computes something else for a text alone than for the same "
             f"text padded in a batch ({_share(change)}), so its predictions would depend on the batch; set "
-            + ("adapter.type to lora or bottleneck" if before else "model.attn_implementation to eager")
-            + ", or model.name_or_path to another model"
+            + advice
+            + "model.name_or_path to another model"
         )
 
 

@@ -260,3 +260,16 @@ def test_random_numbers_of_the_models_device_only_are_put_back(models, monkeypat
     monkeypatch.setattr(torch.random, "fork_rng", lambda *a, **named: (asked.append((a, named)), fork(*a, **named))[1])
     watch(classifier, TEXTS)
     assert asked and all(call == ((), {"devices": []}) for call in asked)
+
+
+def test_advice_leaves_out_what_is_set_already(models, monkeypatch):
+    classifier = load(zoo.build("gpt2", models))
+    classifier.model.config.pad_token_id = 77
+    with pytest.raises(ModelError, match=r"set model.attn_implementation to eager, or model.name_or_path"):
+        watch(classifier, TEXTS)
+    classifier.model.set_attn_implementation("eager")
+    with pytest.raises(ModelError, match=r"depend on the batch; set model.name_or_path to another model"):
+        watch(classifier, TEXTS)
+    monkeypatch.setattr(classifier.model, "forward", lambda **_: torch.zeros(2).view(3))
+    with pytest.raises(ModelError, match=r"cannot read a text \(shape .*\); set model.name_or_path to another model"):
+        watch(classifier, TEXTS)

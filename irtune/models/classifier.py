@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,4 +267,10 @@ def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
 def _unusable(source: str, what: str, error: Exception) -> ModelError:
     if "use_safetensors" in str(error):  # transformers' advice is an option that users do not have
         return without_safetensors(source)
+    kind = re.match(r"Unrecognized configuration class <class '.*\.(\w+)Config'>", str(error))
+    if kind is not None and what == "model":
+        return ModelError(
+            f"model.name_or_path: {source!r} is a {kind[1]} model, of which transformers has no sequence classifier; "
+            "accepted: kinds such as Llama, Qwen2, BERT and RoBERTa"
+        )
     return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {one_line(error)}")

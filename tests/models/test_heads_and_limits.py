@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CohereConfig,
     ConvBertConfig,
     ConvBertForSequenceClassification,
 )
@@ -273,3 +274,10 @@ def test_advice_leaves_out_what_is_set_already(models, monkeypatch):
     monkeypatch.setattr(classifier.model, "forward", lambda **_: torch.zeros(2).view(3))
     with pytest.raises(ModelError, match=r"cannot read a text \(shape .*\); set model.name_or_path to another model"):
         watch(classifier, TEXTS)
+
+
+def test_a_kind_of_model_without_a_classifier_is_named(tmp_path):
+    CohereConfig(**zoo.DECODER).save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is a Cohere model, of which transformers has no sequence classifier"):
+        load(tmp_path)

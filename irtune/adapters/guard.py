@@ -33,10 +33,11 @@ from irtune.models.pooling import HEAD_NAME, pooling_of
 log = logging.getLogger("irtune")
 Text = Mapping[str, Sequence[int]]
 SECONDS = 2.0  # what the guard may cost at the start of a run
-PASSES = 8  # its forward passes, where a backward pass counts for two
+PASSES = 9  # its forward passes, where a backward pass counts for two
 LONGEST = 32  # tokens of the longer text, if the corpus has such texts
 # Largest difference of outputs, as a share of the largest output: rounding, and nothing else.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+SAME_SHAPE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.01}  # of batches that round alike
 
 
 @dataclass
@@ -142,6 +143,8 @@ def watch(classifier: Classifier, texts: Sequence[Text], *, patient: bool = Fals
         return None
     together = _together(classifier, model, chosen)
     _check_padding(classifier, alone, together, "")
+    with _other_padding(model):
+        _check_padding(classifier, together, _together(classifier, model, chosen), "", SAME_SHAPE)
     if model.config._attn_implementation == CPU_ATTENTION:
         with as_in_training():
             own = _together(classifier, model, chosen)
@@ -226,18 +229,54 @@ def _share(change: float) -> str:
     return f"a difference of {change:.0%}" if change != float("inf") else "numbers that are not finite"
 
 
-def _tolerance(model: nn.Module) -> float:
-    return max(TOLERANCE.get(p.dtype, 0.0) for p in model.parameters() if p.is_floating_point())
+def _tolerance(model: nn.Module, table: Mapping[torch.dtype, float] = TOLERANCE) -> float:
+    return max(table.get(p.dtype, 0.0) for p in model.parameters() if p.is_floating_point())
 
 
-def _check_padding(classifier: Classifier, alone: torch.Tensor, together: torch.Tensor, before: str) -> None:
+@contextlib.contextmanager
+def _other_padding(model: Any) -> Iterator[None]:
+    """Inside, tokens of padding are embedded as something else: the same numbers elsewhere, to the bit or nearly.
+
+    In few bits, what padding changes may be smaller than what another shape of the batch rounds differently.
+    """
+    masks: list[torch.Tensor] = []
+
+    def note(_module: nn.Module, _arguments: tuple, batch: dict[str, Any]) -> None:
+        masks.append(batch["attention_mask"])
+
+    def change(_module: nn.Module, _arguments: tuple, states: torch.Tensor) -> torch.Tensor:
+        if states.shape[:2] != masks[-1].shape:
+            return states
+        return torch.where(masks[-1].bool().unsqueeze(-1), states, states.roll(1, -1) + states.abs().mean())
+
+    handles = [
+        model.register_forward_pre_hook(note, with_kwargs=True),
+        model.get_input_embeddings().register_forward_hook(change),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_padding(
+    classifier: Classifier,
+    alone: torch.Tensor,
+    together: torch.Tensor,
+    before: str,
+    table: Mapping[torch.dtype, float] = TOLERANCE,
+) -> None:
     change = _difference(alone, together)
-    if change > _tolerance(classifier.model):
+    if change > _tolerance(classifier.model, table):
+        settings: Any = classifier.model.config
+        own = "" if settings._attn_implementation == "eager" else "model.attn_implementation to eager, or "
+        advice = "adapter.type to lora or bottleneck, or " if before else own
         raise ModelError(
             f"{before}{type(classifier.model).__name__} computes something else for a text alone than for the same "
             f"text padded in a batch ({_share(change)}), so its predictions would depend on the batch; set "
-            + ("adapter.type to lora or bottleneck" if before else "model.attn_implementation to eager")
-            + ", or model.name_or_path to another model"
+            + advice
+            + "model.name_or_path to another model"
         )
 
 

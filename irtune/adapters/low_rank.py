@@ -79,8 +79,10 @@ def add_low_rank(
             f"adapter.type {adapter.type}: no linear module of {type(classifier.model).__name__} can have an adapter; "
             "set adapter.target_parameters, or adapter.type to bitfit or none"
         )
+    targets = settings.target_modules
     with _whole_where_read():
         model = get_peft_model(classifier.model, settings)
+    settings.target_modules = targets  # of a list of 20 full names or more, peft keeps only their endings
     difference = differences(model, asked)
     if difference is not None:
         log.warning("%s", difference)

@@ -15,7 +15,7 @@ from irtune.adapters import LayerTable, adapter_traits
 from irtune.config.schema import AdapterConfig
 from irtune.distributed.partitioned import whole_shape, write_whole
 from irtune.errors import ConfigError, RunError
-from irtune.evaluation.saved_run import ADAPTER_FILES, adapter_folder, is_peft_adapter, read_object
+from irtune.evaluation.saved_run import ADAPTER_FILES, adapter_folder, is_merged, is_peft_adapter, read_object
 from irtune.models.pooling import HEAD_NAME, pooling_of
 
 log = logging.getLogger("irtune")
@@ -50,6 +50,11 @@ def start_from(place: str, model: nn.Module, table: LayerTable, adapter: Adapter
             "export that run with --merge and set model.name_or_path to the exported folder"
         )
     given = Path(place).expanduser()
+    if is_merged(given):
+        raise ConfigError(
+            f"model.start_from: {given} holds a merged model and no adapter; set model.name_or_path to it, and leave "
+            "model.start_from out"
+        )
     folder = adapter_folder(given)
     peft = is_peft_adapter(folder, given)
     record = read_object(folder / ADAPTER_FILES[0])

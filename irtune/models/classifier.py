@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,10 @@ def load_classifier(
     if sharded is not None:
         make_whole(heads)
     trained = {f"{part}.{name}" for part, head in zip(anatomy.head, heads) for name, _ in head.named_parameters()}
-    if config.pooling == "class" and before != list(labels) and not random >= trained:
+    if config.pooling == "class" and before != list(labels) and not set(info["missing_keys"]) >= trained:
         one_more = copy.deepcopy(settings)
         one_more.id2label = dict(enumerate([*labels, ""]))
-        fit_head(model, anatomy, _skeleton(config, one_more), before, labels, random)
+        fit_head(model, anatomy, _skeleton(config, one_more), before, labels, random, _replaced(info))
     return Classifier(model, tokenizer, anatomy)
 
 
@@ -273,4 +274,10 @@ def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
 def _unusable(source: str, what: str, error: Exception) -> ModelError:
     if "use_safetensors" in str(error):  # transformers' advice is an option that users do not have
         return without_safetensors(source)
+    kind = re.match(r"Unrecognized configuration class <class '.*\.(\w+)Config'>", str(error))
+    if kind is not None and what == "model":
+        return ModelError(
+            f"model.name_or_path: {source!r} is a {kind[1]} model, of which transformers has no sequence classifier; "
+            "accepted: kinds such as Llama, Qwen2, BERT and RoBERTa"
+        )
     return ModelError(f"model.name_or_path: no {what} can be loaded from {source!r}: {one_line(error)}")

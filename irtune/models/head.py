@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from irtune.models.anatomy import Anatomy
 
 log = logging.getLogger("irtune")
+ANEW = "the head of the files is for other labels (%s) than the corpus's (%s): it starts anew"
 
 
 def set_labels(
@@ -41,6 +42,7 @@ def fit_head(
     before: Sequence[str],
     labels: Sequence[str],
     random: Collection[str],
+    replaced: Collection[str] = (),
 ) -> None:
     """Let row i of the head stand for label i.
 
@@ -51,6 +53,7 @@ def fit_head(
         before: names of the rows in the files.
         labels: of the corpus.
         random: names of the parameters that are not from the files, or had another shape there.
+        replaced: those of them that had another shape.
     """
     shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
     rows = [
@@ -58,11 +61,14 @@ def fit_head(
         for name, parameter in model.named_parameters()
         if any(name.startswith(f"{part}.") for part in anatomy.head) and shapes.get(name) != parameter.shape
     ]
+    anew = ", ".join(before), ", ".join(labels)
     if list(before) == list(labels) or any(name in random for name, _ in rows):
+        if any(name in replaced for name, _ in rows):
+            log.info(ANEW, *anew)
         return
     known = {_plain(name): number for number, name in enumerate(before)}
     order = [known.get(_plain(label)) for label in labels]
-    if None not in order and len(known) == len(labels):
+    if None not in order and len(known) == len(labels) == len(set(order)):
         places = torch.tensor(order)
         for name, parameter in rows:
             axis = [a == b for a, b in zip(parameter.shape, shapes[name], strict=True)].index(False)
@@ -75,11 +81,7 @@ def fit_head(
     deviation = getattr(model.config, "initializer_range", None) or 0.02
     for _, parameter in rows:
         parameter.normal_(0.0, deviation) if parameter.dim() > 1 else parameter.zero_()
-    log.info(
-        "the head of the files is for other labels (%s) than the corpus's (%s): it starts anew",
-        ", ".join(before),
-        ", ".join(labels),
-    )
+    log.info(ANEW, *anew)
 
 
 def _plain(name: str) -> str:

@@ -40,9 +40,11 @@ def _tables(model: Any) -> list[int]:
 
 def cannot_read(model: nn.Module, error: Exception) -> ModelError:
     """The error for a model that fails on a text, with what can be changed."""
+    few_bits = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
+    where, more = (" in this number format", "model.dtype to float32, or ") if few_bits else ("", "")
     return ModelError(
-        f"{type(model).__name__} cannot read a text in this number format ({one_line(error)}); set model.dtype "
-        "to float32, or model.name_or_path to another model"
+        f"{type(model).__name__} cannot read a text{where} ({one_line(error)}); set {more}model.name_or_path to "
+        "another model"
     )
 
 

@@ -110,6 +110,11 @@ def test_another_adapter_is_refused(llama, tmp_path, settings, reason):
         start_from(str(tmp_path), model, table, adapter, LABELS)
 
 
+def test_a_merged_model_is_a_base(llama):
+    with pytest.raises(ConfigError, match=r"holds a merged model and no adapter; set model\.name_or_path to it"):
+        start_from(str(llama), *built(llama), LABELS)
+
+
 def test_a_folder_without_an_adapter_is_refused(llama, tmp_path):
     model, table, adapter = built(llama)
     with pytest.raises(RunError, match="holds no adapter"):

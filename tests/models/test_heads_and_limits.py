@@ -6,7 +6,13 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CohereConfig,
+    ConvBertConfig,
+    ConvBertForSequenceClassification,
+)
 
 from irtune.adapters.build import add_adapters
 from irtune.adapters.guard import check_length, watch
@@ -35,7 +41,7 @@ def with_head(models, folder, names, **settings):
     """A classifier of the zoo's Qwen2 whose row i is ROWS[i], for the label names[i]."""
     source = zoo.build("qwen2", models)
     model = AutoModelForSequenceClassification.from_pretrained(source, id2label=dict(enumerate(names)), **settings)
-    model.score.weight.data.copy_(ROWS)
+    model.score.weight.data.copy_(ROWS[: len(names)])
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
@@ -55,10 +61,19 @@ def test_rows_of_a_head_follow_the_names_of_labels(models, tmp_path, names, rows
     assert list(classifier.model.config.id2label.values()) == list(zoo.LABELS)
 
 
-@pytest.mark.parametrize("names", [("LABEL_0", "LABEL_1", "LABEL_2"), ("style", "clarity", "meaning")])
-def test_a_head_for_other_labels_starts_anew(models, tmp_path, names, caplog):
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("LABEL_0", "LABEL_1", "LABEL_2"), zoo.LABELS),
+        (("style", "clarity", "meaning"), zoo.LABELS),
+        (("style", "clarity"), zoo.LABELS),  # whose rows transformers draws
+        (("style", "clarity", "fluency"), ("Style", "style", "fluency")),  # two for one row
+    ],
+)
+def test_a_head_for_other_labels_starts_anew(models, tmp_path, names, labels, caplog):
     with caplog.at_level(logging.INFO, "irtune"):
-        weight = load(with_head(models, tmp_path, names)).model.score.weight
+        weight = load(with_head(models, tmp_path, names), labels).model.score.weight
+    assert weight.shape == (3, 32)
     assert weight.abs().max() < 0.2
     assert weight.std() > 0.01
     assert f"the head of the files is for other labels ({', '.join(names)})" in caplog.text
@@ -130,7 +145,7 @@ def test_the_guard_leaves_no_trace(models, name):
     classifier = load(zoo.build(name, models))
     classifier.model.train()
     before = torch.get_rng_state()
-    guard = watch(classifier, TEXTS)
+    guard = watch(classifier, TEXTS, patient=True)  # on a busy machine, too
     assert torch.equal(torch.get_rng_state(), before)
     model, table = add_adapters(classifier, AdapterConfig(r=4))
     table.set_trainable([1])
@@ -148,6 +163,22 @@ def test_the_guard_sees_padding_that_counts(models):
     classifier.model.config.pad_token_id = 77  # the class is then read at the padding
     with pytest.raises(ModelError, match="GPT2ForSequenceClassification computes something else for a text alone"):
         watch(classifier, TEXTS)
+
+
+def test_the_guard_sees_padding_that_counts_less_than_rounding(tmp_path):
+    """ConvBERT's convolutions read the padding: in bf16 that is less than what another batch rounds differently."""
+    torch.manual_seed(0)
+    shape = {name: value for name, value in zoo.ZOO["bert"][2].items() if name != "type_vocab_size"}
+    names = dict(enumerate(zoo.LABELS))
+    model = ConvBertForSequenceClassification(ConvBertConfig(**shape, embedding_size=32, id2label=names))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.14)
+    model.save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    texts = [{"input_ids": list(range(4, 4 + length))} for length in (5, 30)]
+    with pytest.raises(ModelError, match="ConvBertForSequenceClassification computes something else for a text alone"):
+        watch(load(tmp_path, dtype="bfloat16"), texts, patient=True)
 
 
 def test_the_guard_sees_adapters_that_are_not_silent_or_learn_nothing(models):
@@ -230,3 +261,23 @@ def test_random_numbers_of_the_models_device_only_are_put_back(models, monkeypat
     monkeypatch.setattr(torch.random, "fork_rng", lambda *a, **named: (asked.append((a, named)), fork(*a, **named))[1])
     watch(classifier, TEXTS)
     assert asked and all(call == ((), {"devices": []}) for call in asked)
+
+
+def test_advice_leaves_out_what_is_set_already(models, monkeypatch):
+    classifier = load(zoo.build("gpt2", models))
+    classifier.model.config.pad_token_id = 77
+    with pytest.raises(ModelError, match=r"set model.attn_implementation to eager, or model.name_or_path"):
+        watch(classifier, TEXTS)
+    classifier.model.set_attn_implementation("eager")
+    with pytest.raises(ModelError, match=r"depend on the batch; set model.name_or_path to another model"):
+        watch(classifier, TEXTS)
+    monkeypatch.setattr(classifier.model, "forward", lambda **_: torch.zeros(2).view(3))
+    with pytest.raises(ModelError, match=r"cannot read a text \(shape .*\); set model.name_or_path to another model"):
+        watch(classifier, TEXTS)
+
+
+def test_a_kind_of_model_without_a_classifier_is_named(tmp_path):
+    CohereConfig(**zoo.DECODER).save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is a Cohere model, of which transformers has no sequence classifier"):
+        load(tmp_path)

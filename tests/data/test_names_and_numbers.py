@@ -100,6 +100,14 @@ def test_truth_values_are_labels_and_the_same_in_every_format(tmp_path, suffix):
     assert [example.label for example in read_corpus(named).splits["train"]] == [0, 1, 1]
 
 
+@pytest.mark.parametrize("spelled", [" 1", "1 ", " 1.0", "1\u00a0"])
+def test_a_blank_beside_it_is_not_another_document(tmp_path, spelled):
+    first = write(tmp_path / "train.csv", rows("xyxy", doc=["1", "2", "3", "4"]))
+    second = write(tmp_path / "dev.csv", rows("xyxy", doc=[spelled, "5", "6", "7"]))
+    corpus = read_corpus(DataConfig(train=str(first), dev=str(second), group="doc"))
+    assert corpus.splits["dev"][0].group == corpus.splits["train"][0].group == "1"
+
+
 def test_settings_name_labels_in_any_spelling(tmp_path):
     path = write(tmp_path / "train.csv", rows([1.0, 2.0, 3.0, 1.0]))
     data = DataConfig(train=str(path), dev=str(path), labels=["2", "1.0"], drop_labels=["3"])

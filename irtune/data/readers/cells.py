@@ -94,9 +94,10 @@ def as_name(value: Any, where: str, what: str, option: str) -> str:
         DataError: for other types, and for empty, damaged or endless ones.
     """
     good = isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and value == value  # not NaN
-    name = str(canonical(value)) if good else ""
+    # A blank at an end does not make another document.
+    name = str(canonical(value.strip() if isinstance(value, str) else value)) if good else ""
     reason = _flaw(name)
-    if reason is not None or not name.strip() or len(name) > 10 * MAX_LABEL:
+    if reason is not None or not name or len(name) > 10 * MAX_LABEL:
         more = "" if reason is None else f": {reason}"
         raise DataError(
             f"{where}: {brief(value)} is an invalid {what}{more}; accepted: text or number ({option} names the column)"

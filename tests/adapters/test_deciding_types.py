@@ -27,6 +27,22 @@ TYPES = {
     "sparse sm3": {"tuning__interval": 5, "adapter__regrow": "sm3"},
 }
 CASES = [(name, stage) for name in TYPES for stage in (2, 3) if stage == 2 or not name.startswith("sparse")]
+EVERYDAY = ("lofit", "triadapt")  # under ZeRO 2
+STAGES = [2, pytest.param(3, marks=pytest.mark.slow)]
+
+
+def marked(case):
+    """A name, or a name and a stage, as parameters of a test."""
+    name, stage = (case, 2) if isinstance(case, str) else case
+    values = (name,) if isinstance(case, str) else case
+    return pytest.param(*values, marks=[] if name in EVERYDAY and stage == 2 else [pytest.mark.slow])
+
+
+def asks(item, name, stage):
+    """Whether a test is of the case: by its parameters, or by its name where it has none."""
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    named = given.get("name", name) == name and name.split()[0] in item.name
+    return named and given.get("stage", 2) == stage
 
 
 def whole_and_resumed(whole, cut, folders):
@@ -52,8 +68,8 @@ def ran(request, llama, corpus, tmp_path_factory):
     All cases that tests were asked for run one after the other in the same processes.
     """
     box = tmp_path_factory.mktemp("deciding")
-    asked = "".join(item.name for item in request.session.items if item.path == request.path)
-    wanted = [case for case in CASES if case[0].split()[0] in asked]
+    here = [item for item in request.session.items if item.path == request.path]
+    wanted = [case for case in CASES if any(asks(item, *case) for item in here)]
     cases = []
     for name, stage in wanted:
         folders = [box / f"{name.replace(' ', '-')}-{stage}-{which}" / "run" for which in ("whole", "cut")]
@@ -66,7 +82,7 @@ def ran(request, llama, corpus, tmp_path_factory):
     return {case: (*settings[2], report) for case, settings, report in zip(wanted, cases, reports)}
 
 
-@pytest.mark.parametrize(("name", "stage"), CASES)
+@pytest.mark.parametrize(("name", "stage"), map(marked, CASES))
 def test_to_go_on_is_no_interruption_and_frozen_layers_keep_their_bits(ran, name, stage):
     whole, cut, ((seen, error), (others, _)) = ran[name, stage]
     assert error is None
@@ -81,7 +97,7 @@ def test_to_go_on_is_no_interruption_and_frozen_layers_keep_their_bits(ran, name
     ).read_bytes()
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", map(marked, TYPES))
 def test_a_decision_comes_back_with_the_adapter(ran, name):
     whole = ran[name, 2][0]
     run = load_run(whole, torch.device("cpu"))
@@ -91,7 +107,7 @@ def test_a_decision_comes_back_with_the_adapter(ran, name):
         assert torch.equal(fresh(**batch).logits, run.model(**batch).logits)
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", map(marked, TYPES))
 def test_ranks_and_accumulation_decide_alike(ran, llama, corpus, tmp_path, name):
     options = {"adapter__type": name.split()[0]} | COMMON | TYPES[name] | {"optim__gradient_accumulation_steps": 2}
     run_ranks(train, 1, tiny_config(llama, corpus, tmp_path / "run", 0, **options))
@@ -117,7 +133,7 @@ def test_ranks_that_differ_are_told(monkeypatch):
 # ----- what each decides -----
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_lofit_locates_heads_and_trains_those_alone(ran, stage):
     whole, _, ((seen, _), _) = ran["lofit", stage]
     before, after = (read_tensors(whole / f"checkpoints/step_{step}", TRAINABLE) for step in (2, 6))
@@ -140,6 +156,7 @@ def test_lofit_exports_its_offsets_in_a_bias(ran, tmp_path):
     assert export.main(["--run", str(whole), "--to", str(tmp_path / "merged"), "--merge"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sparse", "sparse sm3"])
 def test_values_move_in_the_layers_that_train_and_nowhere_else(ran, name):
     whole, _, ((seen, _), _) = ran[name, 2]
@@ -154,6 +171,7 @@ def test_values_move_in_the_layers_that_train_and_nowhere_else(ran, name):
         assert not key.endswith(".indices") or (tensor.diff() > 0).all()  # ascending, so that none is there twice
 
 
+@pytest.mark.slow
 def test_sparse_values_export_into_the_weights(ran, tmp_path):
     assert export.main(["--run", str(ran["sparse", 2][0]), "--to", str(tmp_path / "merged"), "--merge"]) == 0
 
@@ -163,7 +181,7 @@ def test_sparse_is_refused_under_zero_3(llama, corpus, tmp_path):
         tiny_config(llama, corpus, tmp_path / "run", 3, adapter__type="sparse")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_ranks_of_triadapt_grow_in_the_layers_that_train(ran, stage):
     whole, _, ((seen, _), _) = ran["triadapt", stage]
     ranks = {}

@@ -117,11 +117,21 @@ def watched(request, llama, corpus, tmp_path_factory):
     return of
 
 
-# Steps of ZeRO 3 take seconds: one variant is always tried, and all of them where slow tests are asked for.
+# Steps of ZeRO 3 take seconds, and choosers are tested without processes: some variants are always tried, and all of them
+# where slow tests are asked for.
+RARELY = ("global", "cosine", "lisa", "grass", "topk", "spectrum", "instruction", "targets")
+
+
+def is_slow(name, stage):
+    return name in RARELY if stage == 2 else name != "bf16 adapters"
+
+
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        pytest.param(name, stage, marks=[pytest.mark.slow] if stage == 3 and name != "bf16 adapters" else [])
+        pytest.param(
+            name, stage, marks=[pytest.mark.slow] if (stage == 3 and name != "bf16 adapters") or name in LONG else []
+        )
         for stage, name in itertools.product((2, 3), VARIANTS)
     ],
     ids=lambda value: str(value).replace(" ", "-"),

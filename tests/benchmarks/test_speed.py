@@ -284,7 +284,7 @@ def test_the_start_ends_with_the_first_step(tmp_path, capsys):
         (["--model", "/nowhere"], "--model: there is no folder /nowhere"),
         (["--model", "."], "--data is None; accepted: a corpus (default: iterater in the folder IRTUNE_DATA)"),
         (["--device", "cuda"], "--device is cuda, and there is no GPU; accepted: cpu"),
-        (["--shape", "x"], "--shape is 'x'; accepted: llama3.1-8b, small, llama3.2-1b"),
+        (["--shape", "x"], "--shape is 'x'; accepted: llama3.1-8b, llama3.2-1b, small"),
     ],
 )
 def test_mistakes_are_told(arguments, sentence, monkeypatch, capsys):

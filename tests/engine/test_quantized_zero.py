@@ -91,6 +91,7 @@ def test_a_replicated_base_on_zero_0_to_2(small):
     assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
 def test_nf4_in_pieces_on_zero_3(small):
     """The same losses as ZeRO 0, also after layers are chosen anew; each rank holds half of the packed bits."""
     dora = {"adapter": {"type": "dora", "r": 4}}

@@ -39,6 +39,7 @@ def _with_another_adapter(config, other):
     return end, memory, said
 
 
+@pytest.mark.slow
 def test_a_run_whose_adapter_does_not_come_back_ends_at_its_first_evaluation(bpe, corpus, tmp_path):
     options = {"model__pooling": "mean+edit", "data__prompt": "diff", "run__eval_every": 2}
     cases = [

@@ -84,7 +84,8 @@ def test_stages_agree(llama, corpus, base, tmp_path, stage):
     assert losses(folder) == pytest.approx(losses(base), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_other_architectures_agree_over_splits_and_stages(request, corpus, tmp_path, kind):
     model = request.getfixturevalue(kind)
     folders = []

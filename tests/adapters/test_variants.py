@@ -117,7 +117,7 @@ def watched(request, llama, corpus, tmp_path_factory):
     return of
 
 
-# Steps of ZeRO 3 take seconds, and choosers are tested without processes: some variants are always tried, and all of them
+# Steps of ZeRO 3 take seconds, and choosers are tested without processes: some variants are always tried, and all
 # where slow tests are asked for.
 RARELY = ("global", "cosine", "lisa", "grass", "topk", "spectrum", "instruction", "targets")
 
@@ -129,9 +129,7 @@ def is_slow(name, stage):
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        pytest.param(
-            name, stage, marks=[pytest.mark.slow] if (stage == 3 and name != "bf16 adapters") or name in LONG else []
-        )
+        pytest.param(name, stage, marks=[pytest.mark.slow] if is_slow(name, stage) else [])
         for stage, name in itertools.product((2, 3), VARIANTS)
     ],
     ids=lambda value: str(value).replace(" ", "-"),

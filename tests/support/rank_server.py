@@ -89,7 +89,11 @@ def _become_rank(line: socket.socket, descriptors: list[int], asked: dict) -> No
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     status = 1
     try:
+        import torch
+
         from irtune.cli import train
+
+        torch.set_num_threads(1)  # as in simulated/server.py
 
         if COUNT_AT in os.environ:
             _count_traffic(*map(int, os.environ[COUNT_AT].split()))

@@ -55,6 +55,7 @@ def _child(job: dict[str, Any], rank: int) -> None:
     out = os.open(f"{job['folder']}/rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    torch.set_num_threads(1)  # after a fork torch makes its pool anew, which fails where two threads ask for it at once
     try:
         said = _run(job, rank)
     except BaseException:

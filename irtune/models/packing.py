@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
 from irtune.models.kernels import takes_any_kernel
-from irtune.models.kernels.packed import PACKED, Row, products_by_text
+from irtune.models.kernels.packed import PACKED, Row, numbers_of, products_by_text
 
 MASKED = {"full_attention", "sliding_attention"}  # kinds of layers whose masks are known
 PER_TOKEN = ("position_embeddings", "position_ids")  # what layers get beside hidden states, [batch or 1, width, ...]
@@ -89,18 +89,20 @@ def _mark(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     names = list(inspect.signature(layer.forward).parameters)
     kwargs = dict(zip(names[1:], args[1:])) | kwargs
 
-    def packed(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(packed(item) for item in value)
-        # With the tensor itself, lest another one get its id.
-        return row.once(("packed", id(value)), lambda: (value, row.pack(value)))[1]
-
     for name, value in kwargs.items():
         if name in PER_TOKEN and value is not None:
-            kwargs[name] = packed(value)
+            kwargs[name] = _packed(row, value)
         elif isinstance(value, torch.Tensor) and value.dim() == 4:
             value.row = row  # type: ignore[attr-defined]
     return args[:1], kwargs
+
+
+def _packed(row: Row, value: Any) -> Any:
+    """A tensor without padding, or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(_packed(row, item) for item in value)
+    # With the tensor itself, lest another one get its id.
+    return row.once(("packed", id(value)), lambda: (value, row.pack(value)))[1]
 
 
 def _unpack(_layer: nn.Module, _args: tuple, output: Any) -> Any:
@@ -127,7 +129,7 @@ class _PackedMPNetAttention(MPNetSelfAttention):
             return super().forward(hidden_states, attention_mask, position_bias, output_attentions, **options)
         shape = (*hidden_states.shape[:2], -1, self.attention_head_size)
         query, key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q, self.k, self.v))
-        bias = row.once(("bias", id(position_bias)), lambda: (position_bias, position_bias[:1]))[1]
         dropout = self.dropout.p if self.training else 0.0
-        found = products_by_text(row, query, key, value, [bias, attention_mask], None, dropout)
+        numbers = [numbers_of(position_bias, alike=True), numbers_of(attention_mask)]
+        found = products_by_text(row, query, key, value, numbers, None, dropout)
         return (self.o(found.flatten(2)),)

@@ -1,5 +1,6 @@
 """Layers without padding: the same numbers, from texts that stand one after another."""
 
+import gc
 import itertools
 import json
 import logging
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from irtune.adapters import LayerTable
+from irtune.adapters import LayerTable, adapter_traits
 from irtune.adapters.build import add_adapters, leave_out_padding
 from irtune.adapters.guard import watch
 from irtune.config import AdapterConfig, ModelConfig
 from irtune.data import BatchSampler, Corpus, collate
 from irtune.distributed import runtime
+from irtune.engine.recompute import Recompute
 from irtune.errors import CheckpointError, ModelError
 from irtune.memory.measure import LiveTensors
 from irtune.models import load_classifier
@@ -64,6 +66,24 @@ def passed(model, table: LayerTable, batch: dict[str, torch.Tensor]) -> list[tor
     for _, parameter in table.all():
         parameter.grad = None
     return found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["bert", "gemma3", "mpnet", "qwen2"])
+def test_nothing_of_a_batch_outlives_it(box, name, checkpointing):
+    """A cycle would: what Python looks for seldom is gigabytes after some hundred steps."""
+    model, table, packs = adapted(box, name, "bfloat16", "mean")
+    assert packs
+    Recompute(table.modules, reentrant=False, always=checkpointing, traits=adapter_traits(AdapterConfig()))
+    model.train()
+    gc.collect()
+    gc.disable()
+    try:
+        passed(model, table, collate(texts(), zoo.PAD, packed=True))
+        assert not [one for one in gc.get_objects() if isinstance(one, Row)]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.quick

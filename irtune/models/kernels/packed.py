@@ -68,18 +68,6 @@ class Row:
         padded = states.new_zeros(len(self.lengths) * self.width, states.shape[-1])
         return padded.index_copy(0, self.places[:total], states[0, :total]).view(len(self.lengths), self.width, -1)
 
-    def numbers(self, mask: torch.Tensor) -> torch.Tensor:
-        """A mask as numbers to add, in fp32 or wider."""
-        wide = torch.promote_types(mask.dtype, torch.float32) if mask.is_floating_point() else torch.float32
-
-        def make() -> tuple[torch.Tensor, torch.Tensor]:
-            if mask.dtype != torch.bool:
-                return mask, mask.to(wide)
-            hidden = torch.zeros(mask.shape, device=mask.device)
-            return mask, hidden.masked_fill_(~mask, torch.finfo(wide).min)
-
-        return self.once(("numbers", id(mask)), make)[1]  # with the mask itself, lest another one get its id
-
     def offsets(self, device: torch.device) -> torch.Tensor:
         """Where texts begin and the last one ends, int32 [texts + 1]."""
 
@@ -88,6 +76,24 @@ class Row:
             return (ends.pin_memory() if device.type == "cuda" else ends).to(device, non_blocking=True)
 
         return self.once("offsets", make)
+
+
+def numbers_of(mask: torch.Tensor, *, alike: bool = False) -> torch.Tensor:
+    """A mask as numbers to add, in fp32 or wider; only that of the first text where those of all texts are `alike`.
+
+    All layers share it. The mask keeps it, since it refers to its `Row`: a row that kept masks would be a cycle, whose
+    tensors stay until Python looks for such.
+    """
+    found: torch.Tensor | None = getattr(mask, "numbers", None)
+    if found is None:
+        wide = torch.promote_types(mask.dtype, torch.float32) if mask.is_floating_point() else torch.float32
+        one = mask.detach()[:1] if alike else mask.detach()
+        if mask.dtype == torch.bool:
+            found = torch.zeros(one.shape, device=mask.device).masked_fill_(~one, torch.finfo(wide).min)
+        else:
+            found = one.to(wide, copy=True)  # a view would refer to the mask
+        mask.numbers = found  # type: ignore[attr-defined]
+    return found
 
 
 def text_by_text(kernel: Any) -> Any:
@@ -107,7 +113,7 @@ def text_by_text(kernel: Any) -> Any:
         dropout, scaling = options.get("dropout") or 0.0, options.get("scaling")
         keeps_probabilities = query.element_size() == 2 or dropout  # as attention of padded batches does
         if query.device.type == "cpu" and keeps_probabilities and max(row.lengths) <= SHORT:
-            return products_by_text(row, query, key, value, [attention_mask], scaling, dropout), None
+            return products_by_text(row, query, key, value, [numbers_of(attention_mask)], scaling, dropout), None
         if _on_gpu(query, dropout) and query.shape[-1] == value.shape[-1] <= 256:
             return _by_flash(row, module, query, key, value, options), None
         return _by_kernel(kernel, row, module, query, key, value, attention_mask, options), None
@@ -183,7 +189,7 @@ def products_by_text(
         row: the texts.
         query: [1, heads, tokens, dim].
         key, value: [1, kv_heads, tokens, dim].
-        masks: each [batch or 1, heads or 1, width, width], added.
+        masks: each [batch or 1, heads or 1, width, width], added; see `numbers_of`.
         scaling: None: 1 / sqrt(dim).
         dropout: of the probabilities.
 
@@ -191,8 +197,7 @@ def products_by_text(
         [1, tokens, heads, dim], with zeros in the tail.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    numbers = [row.numbers(mask) for mask in masks]
-    return _ProductsByText.apply(query, key, value, row, numbers, scaling, dropout)
+    return _ProductsByText.apply(query, key, value, row, masks, scaling, dropout)
 
 
 class _ProductsByText(torch.autograd.Function):

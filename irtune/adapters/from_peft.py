@@ -48,7 +48,7 @@ def add_from_peft(
     """
     model: Any = classifier.model
     frozen = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    config = settings(
+    config: Any = settings(
         task_type=TaskType.SEQ_CLS,
         target_modules=module_targets(classifier, adapter) if pattern is None else pattern,
         modules_to_save=list(classifier.anatomy.head),
@@ -63,6 +63,7 @@ def add_from_peft(
             f"adapter.type {adapter.type} does not fit {type(model).__name__}: {one_line(error)}; change "
             f"{', '.join(keys)}, or set adapter.type to lora"
         ) from error
+    config.modules_to_save = list(classifier.anatomy.head)  # to which peft adds what heads are called elsewhere
     dtype = torch.float32 if adapter.dtype == "float32" else frozen
     for parameter in adapted.parameters():
         if parameter.requires_grad:

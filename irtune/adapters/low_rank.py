@@ -83,6 +83,7 @@ def add_low_rank(
     with _whole_where_read():
         model = get_peft_model(classifier.model, settings)
     settings.target_modules = targets  # of a list of 20 full names or more, peft keeps only their endings
+    settings.modules_to_save = list(anatomy.head)  # to which peft adds what heads are called elsewhere
     difference = differences(model, asked)
     if difference is not None:
         log.warning("%s", difference)

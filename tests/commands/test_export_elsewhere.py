@@ -49,6 +49,7 @@ def test_vllm_loads_an_exported_adapter_of_a_decoder_and_computes_what_the_run_d
     head = re.escape('{"num_labels": 5, "problem_type": "single_label_classification"}')
     assert re.search(rf"vllm serve {llama} --runner pooling --convert classify --hf-overrides '{head}' --dtype float32 "
                      r"--enable-lora --max-lora-rank 16 --lora-modules irtune=THIS_FOLDER\n", card)  # fmt: skip
+    assert json.loads((target / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
     served = vllm_rules.load(target, most_rank=16, labels=5, width=32, modules=vllm_rules.LLAMA)
     with pytest.raises(vllm_rules.RefusedError, match="rank 9 of 8"):
         vllm_rules.load(target, most_rank=8, labels=5, width=32, modules=vllm_rules.LLAMA)

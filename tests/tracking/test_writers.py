@@ -122,6 +122,9 @@ def test_trackio_on_this_machine(tmp_path, monkeypatch):
     (run,) = [run for run in import_module("trackio").Api().runs("irtune") if run.name.startswith(tmp_path.name)]
     rows = storage.get_logs("irtune", run.name, run_id=run.id)
     assert {(1, 0.25), (2, 0.5)} <= {(row.get("step"), row.get("dev/macro_f1")) for row in rows}
+    assert [row["final/test_macro_f1"] for row in rows if "final/test_macro_f1" in row] == [0.75]
+    assert {row["step"] for row in rows if "dev/confusion_matrix" in row} == {1, 2}
+    assert len(list((tmp_path / "trackio").rglob("*.png"))) >= 2 or "trackio" in sys.modules
     assert run.config["optim"] == {"lr": 0.5} and "hunter2" not in json.dumps(run.config)
 
 

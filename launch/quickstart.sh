@@ -25,9 +25,11 @@ gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=2
 [[ $gpus == 1 ]] && ranks=1
 say "IR-Tuning on $ranks rank(s) under ZeRO 2"
+# With padding: after 110 steps IteraTeR's dev accuracy was .568 and, in random batches without padding, .533; 140 of those
+# gave .551 and took 40 s more (one seed each).
 deepspeed --num_gpus "$ranks" "$ROOT/train.py" --config "$ROOT/launch/recipes/quickstart.yaml" \
     --model.name_or_path "$MODEL_FOLDER" --data.path "$corpus" "${columns[@]}" \
-    --optim.loss class_balanced --optim.max_steps 110 --run.eval_every 110 \
+    --optim.loss class_balanced --data.padding_free false --optim.max_steps 110 --run.eval_every 110 \
     --run.output_dir "$ROOT/runs/quickstart-$(basename "$corpus")" "$@"
 
 say "for comparison: what needs no language model"

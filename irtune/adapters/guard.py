@@ -57,8 +57,8 @@ class Guard:
         alone = _alone(self.classifier, model, self.texts)
         kind, name = adapter_kinds()[adapter.type], type(self.classifier.model).__name__
         if kind.silent:
-            change = _difference(alone, self.outputs)
-            if change > _tolerance(self.classifier.model):
+            change = difference(alone, self.outputs)
+            if change > tolerance(self.classifier.model):
                 raise ModelError(
                     f"adapter.type {kind.name} changes what {name} computes before it is trained ({_share(change)}): "
                     "the model reads weights of modules that it does not call; set adapter.target_modules to others, "
@@ -85,11 +85,11 @@ class Guard:
         """
         name, alone = type(self.classifier.model).__name__, _alone(self.classifier, model, self.texts)
         try:
-            change = _difference(alone, _together(self.classifier, model, self.texts, packed=True))
+            change = difference(alone, _together(self.classifier, model, self.texts, packed=True))
             reason = f"{name} computes something else without padding ({_share(change)})"
         except (RuntimeError, IndexError) as error:  # a layer that takes something of every token that nobody knew of
             change, reason = float("inf"), f"{name} cannot compute without padding ({one_line(error)})"
-        if change <= _tolerance(self.classifier.model):
+        if change <= tolerance(self.classifier.model):
             return True
         if insist:
             raise ModelError(f"{reason}; set data.padding_free to false")
@@ -148,8 +148,8 @@ def watch(classifier: Classifier, texts: Sequence[Text], *, patient: bool = Fals
     if model.config._attn_implementation == CPU_ATTENTION:
         with as_in_training():
             own = _together(classifier, model, chosen)
-        change = _difference(own, together)
-        if change > _tolerance(model):
+        change = difference(own, together)
+        if change > tolerance(model):
             raise ModelError(
                 f"irtune's attention for CPUs changes what {type(model).__name__} computes ({_share(change)}); "
                 "set model.attn_implementation to eager"
@@ -217,7 +217,7 @@ def _at_rest(classifier: Classifier, model: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Largest difference as a share of the largest output; infinite where one is not finite."""
     if not bool(one.isfinite().all() and other.isfinite().all()):
         return float("inf")
@@ -229,7 +229,8 @@ def _share(change: float) -> str:
     return f"a difference of {change:.0%}" if change != float("inf") else "numbers that are not finite"
 
 
-def _tolerance(model: nn.Module, table: Mapping[torch.dtype, float] = TOLERANCE) -> float:
+def tolerance(model: nn.Module, table: Mapping[torch.dtype, float] = TOLERANCE) -> float:
+    """The largest `difference` that rounding makes in a model's outputs; of `table`, by the model's widest rounding."""
     return max(table.get(p.dtype, 0.0) for p in model.parameters() if p.is_floating_point())
 
 
@@ -267,8 +268,8 @@ def _check_padding(
     before: str,
     table: Mapping[torch.dtype, float] = TOLERANCE,
 ) -> None:
-    change = _difference(alone, together)
-    if change > _tolerance(classifier.model, table):
+    change = difference(alone, together)
+    if change > tolerance(classifier.model, table):
         settings: Any = classifier.model.config
         own = "" if settings._attn_implementation == "eager" else "model.attn_implementation to eager, or "
         advice = "adapter.type to lora or bottleneck, or " if before else own

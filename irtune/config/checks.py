@@ -263,6 +263,28 @@ def _check_tuning(config: Config) -> list[str]:
             f"tuning.scores stale has no meaning for tuning.score {tuning.score}, which frozen layers have too; "
             "use fresh"
         )
+    return problems + _check_frozen_outputs(config)
+
+
+def _check_frozen_outputs(config: Config) -> list[str]:
+    if not config.tuning.keep_frozen_outputs:
+        return []
+    once = sorted(name for name, method in methods().items() if not method.repeats)
+    changing = {
+        "model.compile": (config.model.compile, False),
+        "data.augment": (config.data.augment, "none"),
+        "optim.rdrop": (config.optim.rdrop, 0.0),
+    }
+    problems = [
+        f"tuning.keep_frozen_outputs does not go together with {key} {value}; remove one of the two"
+        for key, (value, off) in changing.items()
+        if value != off
+    ]
+    if config.tuning.method in methods() and config.tuning.method not in once:
+        problems.append(
+            "tuning.keep_frozen_outputs needs a tuning.method that chooses layers once "
+            f"({', '.join(once)}), not {config.tuning.method}"
+        )
     return problems
 
 

@@ -242,6 +242,9 @@ class TuningConfig:
     gradients are large for them."""
     deselected_state: Literal["offload", "drop"] = "offload"
     """Optimizer state of a layer that is frozen: parked in host memory and restored bit for bit, or thrown away."""
+    keep_frozen_outputs: bool = False
+    """Compute what the layers below the lowest trained one make of each training example once, and keep it on disk, so
+    that steps begin above them. For methods that choose layers once, and models without dropout."""
     max_bad_scores: Annotated[int, Range(1)] = 10
     """Selections in a row with scores that are not finite before training stops."""
 

@@ -55,6 +55,7 @@ from irtune.selection.registry import build_chooser
 from irtune.selection.scores import WEIGHT_SCORES, LayerScores
 from irtune.selection.signal_noise import layer_ratios
 from irtune.train.checkpoint import Checkpoints
+from irtune.train.frozen_outputs import check_frozen_outputs
 from irtune.train.layer_selection import SelectionMethod
 from irtune.train.resume import ResumePoint, began_without_padding, find_checkpoint, resume_from, run_identity
 from irtune.train.training_data import TrainingData, Variant
@@ -164,6 +165,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
         suppression = Suppression(table) if suppresses else None
         sizes = [sum(elements(parameter) for _, parameter in layer) for layer in table.layers]
         chooser = build_chooser(config.tuning, table.num_layers, config.run.seed, sizes, ratios)
+        check_frozen_outputs(config, classifier.model, table, traits, chooser.first())
         checkpoints.identity = run_identity(config, corpus, data.sampler, data.max_steps, synonyms_digest)
         resumed = None
         if latest is not None:

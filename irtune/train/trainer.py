@@ -24,6 +24,7 @@ from irtune.tracking.tracker import Tracker
 from irtune.train.checkpoint import OPTIMIZER, Checkpoints, mean_weights, read_tensors, versions
 from irtune.train.collapse import collapse
 from irtune.train.first_adapter import check_what_is_written
+from irtune.train.frozen_outputs import keep_frozen_outputs
 from irtune.train.layer_selection import LayerSelection
 from irtune.train.learning_rate import learning_rate
 from irtune.train.nonfinite import find_origin
@@ -83,11 +84,14 @@ class Trainer:
             self._mark = time.perf_counter()
         elif self.progress.best is None and self.progress.best_step:  # resumed where the best weights are elsewhere
             self._evaluate_and_save()
+        keep_frozen_outputs(self.config, self.engine, self.data, self.tracker)
         self._since = time.perf_counter()
         while self.progress.step < self.data.max_steps and not self.progress.stopped:
             batches = self._train_step()
             step = self.progress.step
-            if not self.layers.decide(batches) and self.layers.is_due(step):
+            if self.layers.decide(batches):
+                keep_frozen_outputs(self.config, self.engine, self.data, self.tracker)
+            elif self.layers.is_due(step):
                 self._count_applied_steps()
                 runtime.doing(f"selection after step {step}")
                 self.layers.select(batches)
@@ -103,13 +107,12 @@ class Trainer:
 
     def _heed_signals(self) -> None:
         """Save and end here if a rank got a signal; nothing to do when training is over anyway."""
-        step = self.progress.step
-        number = runtime.watch().signals.stops_after(step, self._await_step_before())
+        number = runtime.watch().signals.stops_after(self.progress.step, self._await_step_before())
         if number is None or self._is_over():
             return
-        if self._saved_step != step:
+        if self._saved_step != self.progress.step:
             self._save(best=False)
-        raise StoppedError(number, step)
+        raise StoppedError(number, self.progress.step)
 
     def _await_step_before(self) -> int:
         """Let the device end all steps but the last; how many it may then be behind.

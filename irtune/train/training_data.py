@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -53,6 +54,7 @@ class TrainingData:
         self.padded, self.variant, self.mixup, self.packed = padded, variant, mixup, packed
         self.corpus, self.encoded, self.sampler, self.max_steps = corpus, encoded, sampler, max_steps
         self.pad_token_id, self.device, self.seed = pad_token_id, device, seed
+        self.kept: Callable[..., torch.Tensor] | None = None  # see frozen_outputs.KeptStates.rows
         self.weighted = any(example.weight != 1 for example in corpus.splits["train"])
         self.evaluation_batch = EVALUATION_BATCH * sampler.micro_batch_size
         self.evaluation_tokens = None if sampler.tokens is None else EVALUATION_BATCH * sampler.tokens
@@ -83,6 +85,10 @@ class TrainingData:
         labels = [self.corpus.task.target(examples[i].label, len(self.corpus.labels)) for i in positions]
         seen = [encoded[i] if self.variant is None else self.variant(i, epoch) for i in positions]
         batch = collate(seen, self.pad_token_id, labels, self.device, self.padded, self.packed)
+        if self.kept is not None:
+            mask: Any = batch["attention_mask"]
+            states = self.kept(positions, mask.shape[1], packed=self.packed and mask.padded)
+            mask.kept = sent(states, self.device)
         if self.weighted:
             batch[WEIGHTS] = sent(torch.tensor([examples[i].weight for i in positions]), self.device)
         return batch

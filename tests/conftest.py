@@ -71,5 +71,6 @@ def real_data() -> Path:
 def pytest_collection_modifyitems(items):
     """Tests of kills, nodes and launches wait for time-outs, and benchmarks measure: they run by themselves."""
     for item in items:
-        if item.path.parent.name in ("jobs", "benchmarks") and item.path.name != "test_simulated_matrix.py":
+        patient = item.path.name in ("test_simulated_matrix.py", "test_gpu_day.py")
+        if item.path.parent.name in ("jobs", "benchmarks") and not patient:
             item.add_marker("alone")

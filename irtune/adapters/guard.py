@@ -2,15 +2,17 @@
 
 Two texts of the corpus, a short one and a longer one, go through the model alone and padded in one batch. What comes
 out must be the same; with irtune's own attention, the same as with the model's own; and with fresh adapters, the same
-as without. What comes out is logits, or, under a pooled head, which starts at zero, what that head reads. One backward
-pass shows which parameters get a gradient.
+as without. What comes out is logits, or, under a pooled head, which starts at zero, what that head reads. A difference
+that the rounding of few bits can make, or something else, is looked at again in fp32. One backward pass shows which
+parameters get a gradient.
 """
 
 import contextlib
+import functools
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,24 +31,31 @@ from irtune.models.kernels import without_flash_on_cpu
 from irtune.models.kernels.attention import CPU_ATTENTION, as_in_training
 from irtune.models.limits import cannot_read, longest_input
 from irtune.models.pooling import HEAD_NAME, pooling_of
+from irtune.models.widening import in_fp32
 
 log = logging.getLogger("irtune")
 Text = Mapping[str, Sequence[int]]
+Way = Callable[[Classifier, nn.Module, list[Mapping[str, Sequence[int]]]], torch.Tensor]  # to outputs of texts
 SECONDS = 2.0  # what the guard may cost at the start of a run
-PASSES = 9  # its forward passes, where a backward pass counts for two
+PASSES = 10  # its forward passes, where a backward pass counts for two
+MORE_PASSES = 9  # in fp32, where it looks again: of padding with and without adapters, and of irtune's attention
 LONGEST = 32  # tokens of the longer text, if the corpus has such texts
-# Largest difference of outputs, as a share of the largest output: rounding, and nothing else.
+# Largest difference of outputs, as a share of the largest output, that rounding is believed to make.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 SAME_SHAPE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.01}  # of batches that round alike
 
 
 @dataclass
 class Guard:
-    """What is known of a model without adapters. outputs: of the two texts, each alone, [2, classes or features]."""
+    """What is known of a model without adapters.
+
+    outputs: of the two texts, each alone, [2, classes or features]. hurried: there is no time to look again in fp32.
+    """
 
     classifier: Classifier
     texts: list[Text]
     outputs: torch.Tensor
+    hurried: bool = False
 
     def check(self, model: nn.Module, table: LayerTable, adapter: AdapterConfig) -> None:
         """Look at the model with its adapters.
@@ -64,8 +73,9 @@ class Guard:
                     "the model reads weights of modules that it does not call; set adapter.target_modules to others, "
                     "or adapter.type to lora"
                 )
-        batch = _together(self.classifier, model, self.texts)
-        _check_padding(self.classifier, alone, batch, f"adapter.type {kind.name}: ")
+        change = self.change(model, _alone, _together, alone)
+        if change:
+            raise _depends_on_padding(self.classifier, change, f"adapter.type {kind.name}: ")
         if kind.pretrained:  # their gradients would fill as much memory as the model
             return
         unmoved = _without_gradient(self.classifier, model, table, self.texts)
@@ -83,18 +93,41 @@ class Guard:
         Raises:
             ModelError: where it does not and the user did `insist`; else a line of the log says so.
         """
-        name, alone = type(self.classifier.model).__name__, _alone(self.classifier, model, self.texts)
+        name = type(self.classifier.model).__name__
         try:
-            change = difference(alone, _together(self.classifier, model, self.texts, packed=True))
+            change = self.change(model, _alone, functools.partial(_together, packed=True))
             reason = f"{name} computes something else without padding ({_share(change)})"
         except (RuntimeError, IndexError) as error:  # a layer that takes something of every token that nobody knew of
             change, reason = float("inf"), f"{name} cannot compute without padding ({one_line(error)})"
-        if change <= tolerance(self.classifier.model):
+        if not change:
             return True
         if insist:
             raise ModelError(f"{reason}; set data.padding_free to false")
         log.info("data.padding_free: %s; texts are padded", reason)
         return False
+
+    def change(self, model: nn.Module, one: Way, other: Way, found: torch.Tensor | None = None) -> float:
+        """How far apart the outputs of two ways are that should be the same, or 0 where rounding explains it.
+
+        `found`: those of `one`, where they are known.
+        """
+        given = self.classifier, model, self.texts
+        change = difference(one(*given) if found is None else found, other(*given))
+        if change > tolerance(self.classifier.model):
+            return change
+        quantized = any(not parameter.is_floating_point() for parameter in model.parameters())
+        if quantized or change <= tolerance(self.classifier.model, SAME_SHAPE):
+            return 0.0
+        if self.hurried:
+            log.info(
+                "outputs that should be the same differ by %.0f%%, as they may by rounding; to look again in fp32 "
+                "would take too long here: `python -m irtune validate` does it",
+                100 * change,
+            )
+            return 0.0
+        with in_fp32(model):
+            change = difference(one(*given), other(*given))
+        return change if change > TOLERANCE[torch.float32] else 0.0
 
 
 def check_length(config: Config, classifier: Classifier) -> None:
@@ -141,20 +174,24 @@ def watch(classifier: Classifier, texts: Sequence[Text], *, patient: bool = Fals
     if seconds > SECONDS and not patient:
         log.info("to check the model would take %.0f s here: `python -m irtune validate` does it", seconds)
         return None
+    hurried = not patient and seconds * (1 + MORE_PASSES / PASSES) > SECONDS
+    guard = Guard(classifier, chosen, alone, hurried)
+    change = guard.change(model, _alone, _together, alone)
+    if change:
+        raise _depends_on_padding(classifier, change)
     together = _together(classifier, model, chosen)
-    _check_padding(classifier, alone, together, "")
     with _other_padding(model):
-        _check_padding(classifier, together, _together(classifier, model, chosen), "", SAME_SHAPE)
+        change = difference(together, _together(classifier, model, chosen))
+    if change > tolerance(model, SAME_SHAPE):
+        raise _depends_on_padding(classifier, change)
     if model.config._attn_implementation == CPU_ATTENTION:
-        with as_in_training():
-            own = _together(classifier, model, chosen)
-        change = difference(own, together)
-        if change > tolerance(model):
+        change = guard.change(model, _together, _as_trained, together)
+        if change:
             raise ModelError(
                 f"irtune's attention for CPUs changes what {type(model).__name__} computes ({_share(change)}); "
                 "set model.attn_implementation to eager"
             )
-    return Guard(classifier, chosen, alone)
+    return guard
 
 
 def _choose(texts: Sequence[Text]) -> list[Text]:
@@ -198,6 +235,11 @@ def _alone(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch
 def _together(classifier: Classifier, model: nn.Module, texts: list[Text], packed: bool = False) -> torch.Tensor:
     with _at_rest(classifier, model), torch.no_grad():
         return _outputs(classifier, model, texts, packed)
+
+
+def _as_trained(classifier: Classifier, model: nn.Module, texts: list[Text]) -> torch.Tensor:
+    with as_in_training():
+        return _together(classifier, model, texts)
 
 
 @contextlib.contextmanager
@@ -261,24 +303,15 @@ def _other_padding(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _check_padding(
-    classifier: Classifier,
-    alone: torch.Tensor,
-    together: torch.Tensor,
-    before: str,
-    table: Mapping[torch.dtype, float] = TOLERANCE,
-) -> None:
-    change = difference(alone, together)
-    if change > tolerance(classifier.model, table):
-        settings: Any = classifier.model.config
-        own = "" if settings._attn_implementation == "eager" else "model.attn_implementation to eager, or "
-        advice = "adapter.type to lora or bottleneck, or " if before else own
-        raise ModelError(
-            f"{before}{type(classifier.model).__name__} computes something else for a text alone than for the same "
-            f"text padded in a batch ({_share(change)}), so its predictions would depend on the batch; set "
-            + advice
-            + "model.name_or_path to another model"
-        )
+def _depends_on_padding(classifier: Classifier, change: float, before: str = "") -> ModelError:
+    settings: Any = classifier.model.config
+    own = "" if settings._attn_implementation == "eager" else "model.attn_implementation to eager, or "
+    advice = "adapter.type to lora or bottleneck, or " if before else own
+    return ModelError(
+        f"{before}{type(classifier.model).__name__} computes something else for a text alone than for the same text "
+        f"padded in a batch ({_share(change)}), so its predictions would depend on the batch; set {advice}"
+        "model.name_or_path to another model"
+    )
 
 
 def _without_gradient(classifier: Classifier, model: nn.Module, table: LayerTable, texts: list[Text]) -> list[str]:

@@ -29,7 +29,7 @@ from irtune.errors import ConfigError, ModelError, one_line
 from irtune.models import Classifier
 from irtune.models.kernels import without_flash_on_cpu
 from irtune.models.kernels.attention import CPU_ATTENTION, as_in_training
-from irtune.models.limits import cannot_read, longest_input
+from irtune.models.limits import cannot_read, longest_input, longest_whole
 from irtune.models.pooling import HEAD_NAME, pooling_of
 from irtune.models.widening import in_fp32
 
@@ -131,21 +131,23 @@ class Guard:
 
 
 def check_length(config: Config, classifier: Classifier) -> None:
-    """Look whether the model has positions for the longest input, with what the adapter puts before it.
+    """Look whether the model has positions for the longest input, with what the adapter puts before it, and reads it
+    as it reads shorter ones.
 
     Raises:
         ConfigError: with the longest that is accepted.
     """
-    limit = longest_input(classifier)
-    if limit is None:
-        return
+    limit, whole = longest_input(classifier), longest_whole(classifier.model.config)
     extra_tokens = implementation(adapter_kinds()[config.adapter.type]).extra_tokens
     more = 0 if extra_tokens is None else extra_tokens(classifier, config.adapter)
-    if config.data.max_length + more > limit:
-        behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
+    behind = f" and {more} tokens of adapter.type {config.adapter.type} before them" if more else ""
+    given = f"data.max_length is {config.data.max_length}{behind}, but {config.model.name_or_path}"
+    if limit is not None and config.data.max_length + more > limit:
+        raise ConfigError(f"{given} has positions for {limit} tokens; accepted: at most {limit - more}")
+    if whole is not None and config.data.max_length + more > whole:
         raise ConfigError(
-            f"data.max_length is {config.data.max_length}{behind}, but {config.model.name_or_path} has positions for "
-            f"{limit} tokens; accepted: at most {limit - more}"
+            f"{given} attends in blocks to batches of more than {whole} tokens, so its predictions would depend on the "
+            f"batch; accepted: at most {whole - more}, or attention_type original_full in the model's config.json"
         )
 
 

@@ -27,6 +27,17 @@ def longest_input(classifier: Classifier) -> int | None:
     return min(known, default=None)
 
 
+def longest_whole(settings: Any) -> int | None:
+    """Tokens of a batch up to which BigBird's attention is whole, or None for models whose attention always is.
+
+    Of longer batches it attends in blocks, the last one from everywhere, padding or not; after one short batch it
+    attends whole to all: what comes out depends on the batch, and on those before.
+    """
+    if getattr(settings, "attention_type", None) != "block_sparse":
+        return None
+    return int((5 + 2 * settings.num_random_blocks) * settings.block_size)  # as in BigBirdModel.forward
+
+
 def _tables(model: Any) -> list[int]:
     """Places in the tables of absolute positions, which are beside the embeddings of tokens."""
     words = model.get_input_embeddings()

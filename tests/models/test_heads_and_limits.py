@@ -9,6 +9,8 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BigBirdConfig,
+    BigBirdForSequenceClassification,
     CohereConfig,
     ConvBertConfig,
     ConvBertForSequenceClassification,
@@ -16,7 +18,7 @@ from transformers import (
 
 from irtune.adapters.build import add_adapters
 from irtune.adapters.guard import check_length, watch
-from irtune.config import AdapterConfig, ModelConfig
+from irtune.config import AdapterConfig, Config, ModelConfig
 from irtune.data import collate
 from irtune.errors import ConfigError, ModelError
 from irtune.models import load_classifier, pooling
@@ -86,8 +88,6 @@ def test_the_kind_of_problem_is_irtunes_to_set(models, tmp_path):
 
 
 def test_positions_behind_the_paddings_row_are_counted(models):
-    from irtune.config import Config
-
     classifier = load(zoo.build("roberta", models))
     longest = longest_input(classifier)
     assert longest == 514 - (zoo.PAD + 1)
@@ -99,6 +99,30 @@ def test_positions_behind_the_paddings_row_are_counted(models):
     config.data.max_length = 514
     with pytest.raises(ConfigError, match=r"data.max_length is 514, but .* accepted: at most 510"):
         check_length(config, classifier)
+
+
+def test_attention_in_blocks_is_refused_with_what_to_change(tmp_path):
+    torch.manual_seed(0)
+    shape = {name: value for name, value in zoo.ZOO["bert"][2].items() if name != "vocab_size"}
+    settings = BigBirdConfig(**shape, vocab_size=zoo.VOCABULARY, block_size=4, num_random_blocks=1, num_labels=3)
+    model = BigBirdForSequenceClassification(settings).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    model.save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    texts = [{"input_ids": [4 + place % 100 for place in range(length)]} for length in (30, 45)]
+    with torch.no_grad():  # the fault
+        alone, together = model(**collate(texts[:1], zoo.PAD)).logits, model(**collate(texts, zoo.PAD)).logits
+    assert not torch.allclose(alone[0], together[0], atol=1e-3)
+    classifier, config = load(tmp_path), Config()
+    config.data.max_length = 28
+    check_length(config, classifier)
+    config.data.max_length = 29
+    with pytest.raises(ConfigError, match=r"more than 28 tokens, .* accepted: at most 28, or attention_type original"):
+        check_length(config, classifier)
+    classifier.model.config.attention_type = "original_full"
+    check_length(config, classifier)
 
 
 def test_a_token_without_a_row_is_named(models, tmp_path):

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from irtune.data.held_out import draw_share, fold_of, nested_subset
 from irtune.data.readers.cells import by_number, check_looks
 from irtune.data.readers.hub import hub_rows, hub_splits
 from irtune.data.readers.layouts import SPLITS, find_files
-from irtune.data.readers.records import Record, RecordReader
+from irtune.data.readers.records import Record, RecordReader, UnlabelledError
 from irtune.data.readers.tables import SUFFIXES, table_rows
 from irtune.errors import DataError, brief
 from irtune.redaction import redact
@@ -233,7 +234,8 @@ def find_splits(data: DataConfig) -> Tables:
         elif path.is_dir():
             for split, files in find_files(path, data.config).items():
                 if split not in found:
-                    found[split] = _read_files(files, _for_split(data, split))
+                    with _without_hidden(split):
+                        found[split] = _read_files(files, _for_split(data, split))
         elif data.path.count("/") <= 1 and not data.path.startswith((".", "/", "~")):
             found = _from_hub(data.path, data) | found
         else:
@@ -274,14 +276,26 @@ def _read_files(paths: list[Path], data: DataConfig) -> tuple[str, list[Record]]
     if len(paths) == 1:
         reader = RecordReader(str(paths[0]), data)
         return reader.where, reader.records(table_rows(paths[0], reader.columns))
-    where, records, last = str(paths[0].parent), list[Record](), 0
+    whole, records, last = RecordReader(str(paths[0].parent), data), list[Record](), 0
     for path in paths:
         reader = RecordReader(str(path), data)
         number = 0
         for number, row in table_rows(path, reader.columns, part=True):
             records += [replace(record, number=last + number) for record in reader.read([(number, row)])]
+        whole.hidden += [last + number for number in reader.hidden]
         last += number
-    return where, RecordReader(where, data).checked(records)
+    return whole.where, whole.checked(records)
+
+
+@contextmanager
+def _without_hidden(split: str) -> Iterator[None]:
+    """Leave a test split out whose labels are hidden, as on the hub those of contests are; nobody asked for it."""
+    try:
+        yield
+    except UnlabelledError as error:
+        if split != "test":
+            raise
+        log.warning("%s; there is no test split", error)
 
 
 def _from_hub(name: str, data: DataConfig) -> Tables:
@@ -292,7 +306,8 @@ def _from_hub(name: str, data: DataConfig) -> Tables:
         if stem is not None:
             reader = RecordReader(f"{name} ({stem})", _for_split(data, split))
             rows = hub_rows(loaded[stem], reader.where, reader.columns)
-            found[split] = (reader.where, reader.records(rows))
+            with _without_hidden(split):
+                found[split] = (reader.where, reader.records(rows))
     return found
 
 

@@ -16,6 +16,7 @@ from irtune.config.labels import canonical
 from irtune.data import read_corpus, read_split, read_table
 from irtune.data.readers.cells import by_number
 from irtune.errors import DataError
+from irtune.files import to_json
 
 pytestmark = pytest.mark.quick
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
@@ -156,11 +157,41 @@ def test_categories_of_a_stream_are_texts(tmp_path):
     assert [example.label for example in read_corpus(DataConfig(train=path, dev=path)).splits["dev"]] == [0, 1, 0]
 
 
-def test_a_hidden_class_is_not_the_last_one(tmp_path):
-    path = tmp_path / "test.parquet"
-    datasets.Dataset.from_list(rows([0, -1]), features=CLASSES).to_parquet(path)
-    with pytest.raises(DataError, match=r"label '-1' occurs 1 time\(s\)"):
+def classes(path, numbers):
+    datasets.Dataset.from_list(rows(numbers), features=CLASSES).to_parquet(path)
+    return path
+
+
+def test_a_row_of_a_hidden_class_is_a_row_without_a_label(tmp_path):
+    path = classes(tmp_path / "train.parquet", [0, 2, -1, 1, -1])
+    said = r"row 3, column 'label': -1 is the hub's mark .* \(2 such rows\); .* data\.drop_labels \[-1\]"
+    with pytest.raises(DataError, match=said):
+        read_corpus(DataConfig(train=str(path), dev=str(path)))
+    with pytest.raises(DataError, match=said):
         read_split(DataConfig(path=str(path)), "test", ["style", "clarity", "fluency"])
+    corpus = read_corpus(DataConfig(train=str(path), dev=str(path), drop_labels=["-1"]))
+    assert [corpus.labels[e.label] for e in corpus.splits["train"]] == ["style", "fluency", "clarity"]
+    lists = CLASSES | {"label": datasets.Sequence(CLASSES["label"])}
+    datasets.Dataset.from_list(rows([[0], [2, -1]]), features=datasets.Features(lists)).to_parquet(path)
+    with pytest.raises(DataError, match=r"row 2, column 'label': -1 is not a label: on the hub it marks rows without"):
+        read_corpus(DataConfig(train=str(path), dev=str(path), multi_label=True))
+
+
+@pytest.mark.parametrize("drop", [[], ["-1"]])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_test_split_of_hidden_classes_is_left_out_and_said(tmp_path, caplog, shards, drop):
+    """As in every corpus of GLUE."""
+    (tmp_path / "data").mkdir()
+    for split, numbers in {"train": [0, 1, 2, 1], "validation": [1, 2], "test": [-1, -1, -1]}.items():
+        for shard in range(shards):
+            classes(tmp_path / "data" / f"{split}-{shard:05}-of-{shards:05}.parquet", numbers)
+    corpus = read_corpus(DataConfig(path=str(tmp_path), drop_labels=drop))
+    assert {split: len(part) for split, part in corpus.splits.items()} == {"train": 4 * shards, "dev": 2 * shards}
+    assert "; there is no test split" in caplog.text
+    test = tmp_path / "data" / f"test-00000-of-{shards:05}.parquet"
+    with pytest.raises(DataError, match="no row has a label: column 'label' is -1" if not drop else "no rows are left"):
+        read_corpus(DataConfig(path=str(tmp_path), test=str(test), drop_labels=drop))
+    assert to_json(read_table(test)[0][1]) == to_json(rows([-1])[0])  # what predict reads and writes
 
 
 def share_texts(path):

@@ -22,6 +22,10 @@ _TURNS_TERMINALS = {"Cc", "Zl", "Zp"}  # control characters and line breaks
 _WHOLE = re.compile(r"-?[0-9]+")
 
 
+class Hidden(int):
+    """The -1 of a column of classes: the hub's mark for a label that is not given."""
+
+
 def as_text(value: Any, where: str) -> str:
     """The text of a cell; an empty cell is an addition or a deletion.
 
@@ -73,7 +77,7 @@ def as_label(value: Any, where: str) -> str:
         DataError: for other types, and for names that are empty, invisible, too long, or would confuse a terminal.
     """
     name = canonical(value)
-    if not isinstance(name, str):
+    if isinstance(value, Hidden) or not isinstance(name, str):
         raise DataError(f"{where}: {brief(value)} is not a label{_hint(value)}")
     reason = _flaw(name)
     if len(name) > MAX_LABEL:
@@ -109,6 +113,8 @@ def _hint(value: Any) -> str:
     """What to do about a cell that is not a label."""
     if isinstance(value, list | tuple | set | dict):
         return "; an example has exactly one, a text or a whole number, unless data.multi_label is true"
+    if isinstance(value, Hidden):
+        return ": on the hub it marks rows without one"
     if value is None or value != value:
         return ": the cell is empty"
     if isinstance(value, float | Decimal):

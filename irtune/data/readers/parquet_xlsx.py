@@ -11,7 +11,7 @@ from typing import Any
 
 from defusedxml import DefusedXmlException
 
-from irtune.data.readers.cells import MAX_CHARACTERS, Columns, Row, check_names, distinct
+from irtune.data.readers.cells import MAX_CHARACTERS, Columns, Hidden, Row, check_names, distinct
 from irtune.errors import DataError, brief
 
 SHEET_ROWS = 1_048_576  # what a spreadsheet can have
@@ -125,12 +125,12 @@ def class_names(schema: Any, path: Path) -> dict[str, list[str]]:
 
 
 def named_classes(row: Row, classes: dict[str, list[str]]) -> Row:
-    """`row` with names for its numbers of classes, also in lists. Hidden labels of a test split are -1, which must not
-    become one.
-    """
+    """`row` with names for its numbers of classes, also in lists; -1, a label that is not given, becomes `Hidden`."""
 
     def named(value: Any, names: list[str]) -> Any:
-        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+        if not isinstance(value, int):
+            return value
+        return names[value] if 0 <= value < len(names) else Hidden(value) if value == -1 else value
 
     for column, names in classes.items():
         value = row.get(column)

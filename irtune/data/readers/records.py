@@ -7,7 +7,7 @@ from typing import Any
 
 from irtune.config.labels import canonical
 from irtune.config.schema import DataConfig
-from irtune.data.readers.cells import MAX_LABELS, Row, as_label, as_name, as_text, as_weight, listed
+from irtune.data.readers.cells import MAX_LABELS, Hidden, Row, as_label, as_name, as_text, as_weight, listed
 from irtune.errors import DataError
 from irtune.tasks import task_of
 
@@ -29,13 +29,18 @@ class Record:
     weight: float = 1.0
 
 
+class UnlabelledError(DataError):
+    """No row of a split has a label, or one that is kept."""
+
+
 class RecordReader:
-    """Reads the records of one split."""
+    """Reads the records of one split. hidden: numbers of rows without a label that it met."""
 
     def __init__(self, where: str, data: DataConfig):
         self.where, self.data, self.task = where, data, task_of(data)
         columns = (data.before, data.after, data.label, data.group, data.weight)
         self.needed = [name for name in columns if name is not None]
+        self.hidden: list[int] = []
         self._labels: dict[str, str] = {}  # raw labels that were checked, and their names
         self._known = known_labels(data)
 
@@ -57,16 +62,25 @@ class RecordReader:
         """The records of `rows`, without those whose raw label is dropped.
 
         Raises:
-            DataError: naming the row and the column; when no row is left.
+            DataError: naming the row and the column; when no row is left, or some have no label.
         """
         return self.checked(self.read(rows))
 
     def checked(self, records: list[Record]) -> list[Record]:
-        """`records`, of which there must be some."""
+        """`records`, of which there must be some, if no row was without a label."""
+        if self.hidden:
+            hidden, column = self.hidden, f"column {self.data.label!r}"
+            if not records:
+                raise UnlabelledError(f"{self.where}: no row has a label: {column} is -1, the hub's mark for that")
+            raise DataError(
+                f"{self.where}, row {hidden[0]}, {column}: -1 is the hub's mark for a row without a label "
+                f"({len(hidden):,} such rows); leave them out with data.drop_labels [-1]"
+            )
         if not records:
             dropped = self.data.drop_labels
-            raise DataError(f"{self.where}: no rows are left without the labels {dropped}" if dropped else
-                            f"{self.where} has no rows")  # fmt: skip
+            if dropped:
+                raise UnlabelledError(f"{self.where}: no rows are left without the labels {dropped}")
+            raise DataError(f"{self.where} has no rows")
         return records
 
     def read(self, rows: Iterable[tuple[int, Row]]) -> list[Record]:
@@ -79,7 +93,11 @@ class RecordReader:
                     raise DataError(f"{self.where}, row {number}: no column {column!r}, which other rows have")
             place = f"{self.where}, row {number}, column {self.data.label!r}"
             raw = self.task.values(row[self.data.label], place) if dropped else []
-            if not any(str(canonical(value)) in dropped for value in raw):
+            if any(str(canonical(value)) in dropped for value in raw):
+                continue
+            if isinstance(row[self.data.label], Hidden):
+                self.hidden.append(number)
+            else:
                 records.append(self._record(number, row))
         return records
 

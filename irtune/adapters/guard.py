@@ -25,7 +25,7 @@ from irtune.config.declarations import adapter_kinds, implementation
 from irtune.config.schema import AdapterConfig
 from irtune.data import collate
 from irtune.distributed.partitioned import is_partitioned
-from irtune.errors import ConfigError, ModelError, one_line
+from irtune.errors import ConfigError, IrtuneError, ModelError, one_line
 from irtune.models import Classifier
 from irtune.models.kernels import without_flash_on_cpu
 from irtune.models.kernels.attention import CPU_ATTENTION, as_in_training
@@ -63,22 +63,25 @@ class Guard:
         Raises:
             ModelError: when it computes something else than it should; names the setting to change.
         """
-        alone = _alone(self.classifier, model, self.texts)
         kind, name = adapter_kinds()[adapter.type], type(self.classifier.model).__name__
+        with _reading(self.classifier.model, kind.name):
+            alone = _alone(self.classifier, model, self.texts)
+            change = self.change(model, _alone, _together, alone)
         if kind.silent:
-            change = difference(alone, self.outputs)
-            if change > tolerance(self.classifier.model):
+            changed = difference(alone, self.outputs)
+            if changed > tolerance(self.classifier.model):
+                other = "model.name_or_path to another model" if kind.name == "lora" else "adapter.type to lora"
                 raise ModelError(
-                    f"adapter.type {kind.name} changes what {name} computes before it is trained ({_share(change)}): "
-                    "the model reads weights of modules that it does not call; set adapter.target_modules to others, "
-                    "or adapter.type to lora"
+                    f"adapter.type {kind.name} changes what {name} computes before it is trained ({_share(changed)}): "
+                    "the model reads weights of modules that it does not call, or draws random numbers; set "
+                    f"adapter.target_modules to others, or {other}"
                 )
-        change = self.change(model, _alone, _together, alone)
         if change:
             raise _depends_on_padding(self.classifier, change, f"adapter.type {kind.name}: ")
         if kind.pretrained:  # their gradients would fill as much memory as the model
             return
-        unmoved = _without_gradient(self.classifier, model, table, self.texts)
+        with _reading(self.classifier.model, kind.name):
+            unmoved = _without_gradient(self.classifier, model, table, self.texts)
         if unmoved and kind.own_weights:
             log.warning("%s: %s (%d such weights) get no gradient and stay as they are", name, unmoved[0], len(unmoved))
         elif unmoved:
@@ -97,7 +100,7 @@ class Guard:
         try:
             change = self.change(model, _alone, functools.partial(_together, packed=True))
             reason = f"{name} computes something else without padding ({_share(change)})"
-        except (RuntimeError, IndexError) as error:  # a layer that takes something of every token that nobody knew of
+        except Exception as error:  # a layer that takes something of every token that nobody knew of
             change, reason = float("inf"), f"{name} cannot compute without padding ({one_line(error)})"
         if not change:
             return True
@@ -166,12 +169,14 @@ def watch(classifier: Classifier, texts: Sequence[Text], *, patient: bool = Fals
     if any(is_partitioned(parameter) for parameter in model.parameters()):
         log.info("the model is loaded in shares and not checked here: `python -m irtune validate` checks it")
         return None
-    chosen = _choose(texts)
+    with _reading(model):
+        return _watch(classifier, _choose(texts), patient)
+
+
+def _watch(classifier: Classifier, chosen: list[Text], patient: bool) -> Guard | None:
+    model: Any = classifier.model
     started = time.perf_counter()
-    try:
-        alone = _alone(classifier, model, chosen)
-    except RuntimeError as error:
-        raise cannot_read(model, error) from error
+    alone = _alone(classifier, model, chosen)
     seconds = (time.perf_counter() - started) / 2 * PASSES
     if seconds > SECONDS and not patient:
         log.info("to check the model would take %.0f s here: `python -m irtune validate` does it", seconds)
@@ -194,6 +199,17 @@ def watch(classifier: Classifier, texts: Sequence[Text], *, patient: bool = Fals
                 "set model.attn_implementation to eager"
             )
     return guard
+
+
+@contextlib.contextmanager
+def _reading(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
+    """Inside, what a model raises for a text becomes a ModelError: classes of transformers raise whatever they like."""
+    try:
+        yield
+    except IrtuneError:
+        raise
+    except Exception as error:
+        raise cannot_read(model, error, adapter) from error
 
 
 def _choose(texts: Sequence[Text]) -> list[Text]:

@@ -242,7 +242,16 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def _checked_anatomy(source: str, model: nn.Module, info: dict[str, Any]) -> Anatomy:
-    """Anatomy of a loaded model whose layers all came from the files."""
+    """Anatomy of a loaded model whose layers all came from the files, and which has embeddings of tokens."""
+    try:
+        words = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        words = None
+    if not isinstance(words, nn.Embedding):
+        raise ModelError(
+            f"{source} is of the class {type(model).__name__}, which has no table of embeddings of tokens; accepted: "
+            "models with one, such as the encoder FacebookAI/roberta-base or the decoder HuggingFaceTB/SmolLM2-135M"
+        )
     replaced = _replaced(info)
     random = _random(info) & {name for name, _ in model.named_parameters()}  # not a head that a pooling replaced
     anatomy = find_anatomy(model, random)

@@ -49,13 +49,15 @@ def _tables(model: Any) -> list[int]:
     ]
 
 
-def cannot_read(model: nn.Module, error: Exception) -> ModelError:
-    """The error for a model that fails on a text, with what can be changed."""
+def cannot_read(model: nn.Module, error: Exception, adapter: str | None = None) -> ModelError:
+    """The error for a model, with adapters of type `adapter` or none, that fails on a text, with what to change."""
     few_bits = any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
     where, more = (" in this number format", "model.dtype to float32, or ") if few_bits else ("", "")
+    if adapter is not None:
+        where, more = f" with adapter.type {adapter}", "" if adapter == "lora" else "adapter.type to lora, or "
+    reason = one_line(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {one_line(error)}"
     return ModelError(
-        f"{type(model).__name__} cannot read a text{where} ({one_line(error)}); set {more}model.name_or_path to "
-        "another model"
+        f"{type(model).__name__} cannot read a text{where} ({reason}); set {more}model.name_or_path to another model"
     )
 
 

@@ -11,6 +11,8 @@ from transformers import (
     AutoTokenizer,
     BigBirdConfig,
     BigBirdForSequenceClassification,
+    CanineConfig,
+    CanineForSequenceClassification,
     CohereConfig,
     ConvBertConfig,
     ConvBertForSequenceClassification,
@@ -186,7 +188,7 @@ def test_the_guard_sees_padding_that_counts(models):
     classifier = load(zoo.build("gpt2", models))
     classifier.model.config.pad_token_id = 77  # the class is then read at the padding
     with pytest.raises(ModelError, match="GPT2ForSequenceClassification computes something else for a text alone"):
-        watch(classifier, TEXTS)
+        watch(classifier, TEXTS, patient=True)
 
 
 def test_the_guard_sees_padding_that_counts_less_than_rounding(tmp_path):
@@ -207,7 +209,7 @@ def test_the_guard_sees_padding_that_counts_less_than_rounding(tmp_path):
 
 def test_the_guard_sees_adapters_that_are_not_silent_or_learn_nothing(models):
     classifier = load(zoo.build("gpt2", models))
-    guard = watch(classifier, TEXTS)
+    guard = watch(classifier, TEXTS, patient=True)
     model, table = add_adapters(classifier, AdapterConfig(r=4))
     factor = dict(table.layers[2])
     name = next(name for name in factor if "lora_B" in name)
@@ -222,14 +224,14 @@ def test_the_guard_sees_adapters_that_are_not_silent_or_learn_nothing(models):
 
 def test_a_number_format_that_a_model_cannot_compute_in_is_refused(models):
     with pytest.raises(ModelError, match=r"XLNetForSequenceClassification cannot read .*; set model.dtype to float32"):
-        watch(load(zoo.build("xlnet", models), dtype="bfloat16"), TEXTS)
+        watch(load(zoo.build("xlnet", models), dtype="bfloat16"), TEXTS, patient=True)
 
 
 @pytest.mark.parametrize("kind", ["last", "mean"])
 def test_the_guard_sees_through_a_pooled_head_that_starts_at_zero(models, kind):
     config = ModelConfig(name_or_path=str(zoo.build("gpt2", models)), dtype="float32", pooling=kind)
     classifier = load_classifier(config, list(zoo.LABELS))
-    guard = watch(classifier, TEXTS)
+    guard = watch(classifier, TEXTS, patient=True)
     assert guard.outputs.shape == (2, 32) and guard.outputs.abs().amax() > 0.1
     model, table = add_adapters(classifier, AdapterConfig(r=4))
     guard.check(model, table, AdapterConfig(r=4))
@@ -248,18 +250,18 @@ def test_the_guard_sees_padding_that_a_pooled_head_reads(models, monkeypatch):
     with pytest.raises(
         ModelError, match="PooledGPT2ForSequenceClassification computes something else for a text alone"
     ):
-        watch(classifier, TEXTS)
+        watch(classifier, TEXTS, patient=True)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "bert"])
 def test_flash_attention_waits_for_the_gpu(models, name):
     classifier = load(zoo.build(name, models))
     settings = classifier.model.config
-    wanted = watch(classifier, TEXTS).outputs
+    wanted = watch(classifier, TEXTS, patient=True).outputs
     seen = []
     classifier.model.register_forward_pre_hook(lambda *_: seen.append(settings._attn_implementation))
     settings._attn_implementation = "flash_attention_2"
-    guard = watch(classifier, TEXTS)
+    guard = watch(classifier, TEXTS, patient=True)
     model, table = add_adapters(classifier, AdapterConfig(r=4))
     guard.check(model, table, AdapterConfig(r=4))
     torch.testing.assert_close(guard.outputs, wanted)
@@ -270,7 +272,7 @@ def test_flash_attention_waits_for_the_gpu(models, name):
 def test_the_guard_makes_no_gradients_of_the_models_own_weights(models):
     classifier = load(zoo.build("gpt2", models))
     adapter = AdapterConfig(type="none", dtype="model")
-    guard = watch(classifier, TEXTS)
+    guard = watch(classifier, TEXTS, patient=True)
     model, table = add_adapters(classifier, adapter)
     made = []
     for _, parameter in table.all():
@@ -283,7 +285,7 @@ def test_random_numbers_of_the_models_device_only_are_put_back(models, monkeypat
     classifier = load(zoo.build("gpt2", models))
     asked, fork = [], torch.random.fork_rng
     monkeypatch.setattr(torch.random, "fork_rng", lambda *a, **named: (asked.append((a, named)), fork(*a, **named))[1])
-    watch(classifier, TEXTS)
+    watch(classifier, TEXTS, patient=True)
     assert asked and all(call == ((), {"devices": []}) for call in asked)
 
 
@@ -291,17 +293,41 @@ def test_advice_leaves_out_what_is_set_already(models, monkeypatch):
     classifier = load(zoo.build("gpt2", models))
     classifier.model.config.pad_token_id = 77
     with pytest.raises(ModelError, match=r"set model.attn_implementation to eager, or model.name_or_path"):
-        watch(classifier, TEXTS)
+        watch(classifier, TEXTS, patient=True)
     classifier.model.set_attn_implementation("eager")
     with pytest.raises(ModelError, match=r"depend on the batch; set model.name_or_path to another model"):
-        watch(classifier, TEXTS)
+        watch(classifier, TEXTS, patient=True)
     monkeypatch.setattr(classifier.model, "forward", lambda **_: torch.zeros(2).view(3))
     with pytest.raises(ModelError, match=r"cannot read a text \(shape .*\); set model.name_or_path to another model"):
-        watch(classifier, TEXTS)
+        watch(classifier, TEXTS, patient=True)
 
 
 def test_a_kind_of_model_without_a_classifier_is_named(tmp_path):
     CohereConfig(**zoo.DECODER).save_pretrained(tmp_path)
     zoo.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is a Cohere model, of which transformers has no sequence classifier"):
+        load(tmp_path)
+
+
+def test_what_a_model_raises_for_a_text_becomes_a_sentence(models, monkeypatch):
+    """Whatever it is: classes of transformers have KeyErrors and TypeErrors for what they do not know."""
+    classifier = load(zoo.build("gpt2", models))
+    guard = watch(classifier, TEXTS, patient=True)
+    model, table = add_adapters(classifier, AdapterConfig(type="bottleneck", size=8))
+
+    def broken(*_arguments, **_batch):
+        raise KeyError("cpu_bf16")
+
+    monkeypatch.setattr(classifier.model.transformer, "forward", broken)
+    with pytest.raises(ModelError, match=r"with adapter.type bottleneck \(KeyError: 'cpu_bf16'\); set adapter.type to"):
+        guard.check(model, table, AdapterConfig(type="bottleneck", size=8))
+    with pytest.raises(ModelError, match=r"cannot read a text \(KeyError: 'cpu_bf16'\); set model.name_or_path to"):
+        watch(classifier, TEXTS, patient=True)
+
+
+def test_a_model_without_embeddings_of_tokens_is_refused(tmp_path):
+    shape = {name: value for name, value in zoo.ZOO["bert"][2].items() if name != "vocab_size"}
+    CanineForSequenceClassification(CanineConfig(**shape)).save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="CanineForSequenceClassification, which has no table of embeddings of tokens"):
         load(tmp_path)

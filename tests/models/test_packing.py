@@ -135,7 +135,7 @@ def test_what_needs_padding_is_named(box, caplog):
 def test_the_guard_looks_at_the_row(box, monkeypatch, caplog):
     settings = ModelConfig(name_or_path=str(zoo.build("bert", box)), dtype="float32")
     classifier = load_classifier(settings, list(zoo.LABELS))
-    guard = watch(classifier, texts()[:3])
+    guard = watch(classifier, texts()[:3], patient=True)
     config = tiny.tiny_config(box / "bert", box, box / "run", data__padding_free="true")
     model, table = add_adapters(classifier, AdapterConfig(r=4))
     assert leave_out_padding(config, classifier, table)

@@ -160,7 +160,7 @@ def test_settings_keep_padding_from_counting_or_are_refused(box, name):
         try:
             classifier = load_classifier(ModelConfig(name_or_path=str(zoo.build(name, box)), dtype="float32"),
                                          list(zoo.LABELS))  # fmt: skip
-            guard = watch(classifier, texts)
+            guard = watch(classifier, texts, patient=True)
             model, table = add_adapters(classifier, adapter)
             guard.check(model, table, adapter)
         except (ConfigError, ModelError):

@@ -205,12 +205,10 @@ def test_the_input_is_not_written_over(runs, corpus, tmp_path, capsys):
         assert source.read_bytes() == before
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("merge", [False, True])
-def test_what_reads_the_last_place_is_padded_on_the_left_and_no_start_is_told(tmp_path, merge):
-    model, labels, folder = zoo.build("xlnet", tmp_path), list(zoo.LABELS), tmp_path / "run"
-    data = zoo.corpus(tmp_path / "corpus")
-    config = tiny_config(model, data, folder, 0, model__start_from=tmp_path / "other", data__prompt="plain")
+def finished(model, tmp_path, **options):
+    """The folder of a run as if it had trained."""
+    labels, folder = list(zoo.LABELS), tmp_path / "run"
+    config = tiny_config(model, zoo.corpus(tmp_path / "corpus"), folder, 0, data__prompt="plain", **options)
     torch.manual_seed(0)
     adapted, table = add_adapters(load_classifier(config.model, labels), config.adapter)
     for _, parameter in table.all():
@@ -220,12 +218,34 @@ def test_what_reads_the_last_place_is_padded_on_the_left_and_no_start_is_told(tm
     dev = {"examples": 1, "accuracy": 0.0, "macro_f1": 0.0, "auprc": 0.0, "per_class": dict.fromkeys(labels)}
     results = {"dev": dev, "steps_per_layer": [1] * 4, "num_layers": 4, "steps": 1, "layers_trained_per_step": 4.0}
     (folder / "results.json").write_text(json.dumps(results | {"versions": {"irtune": "0"}}))
-    target = export(folder, tmp_path / "exported", *(["--merge"] if merge else []))
-    assert yaml.safe_load((target / "config.yaml").read_text())["model"].get("start_from") is None
-    card = (target / "README.md").read_text()
-    assert 'padding_side="left"' in card
+    return folder
+
+
+def runs_as_the_run_does(card, target, folder):
     names: dict = {}
     exec(card.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(target)), names)
     rows = [Example("1", *example, 0) for example in names["examples"]]
     wanted = load_run(folder, torch.device("cpu")).predict(rows, 2).probabilities
     torch.testing.assert_close(names["probabilities"].float(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_reads_the_last_place_is_padded_on_the_left_and_no_start_is_told(tmp_path, merge):
+    folder = finished(zoo.build("xlnet", tmp_path), tmp_path, model__start_from=tmp_path / "other")
+    target = export(folder, tmp_path / "exported", *(["--merge"] if merge else []))
+    assert yaml.safe_load((target / "config.yaml").read_text())["model"].get("start_from") is None
+    card = (target / "README.md").read_text()
+    assert 'padding_side="left"' in card
+    runs_as_the_run_does(card, target, folder)
+
+
+@pytest.mark.quick
+def test_a_padding_token_is_set_where_a_model_of_texts_and_pictures_reads_it(tmp_path):
+    model = zoo.build("gemma3", tmp_path)
+    settings = json.loads((model / "config.json").read_text())
+    settings["pad_token_id"] = settings["text_config"]["pad_token_id"] = None
+    (model / "config.json").write_text(json.dumps(settings))
+    folder = finished(model, tmp_path)
+    target = export(folder, tmp_path / "exported")
+    runs_as_the_run_does((target / "README.md").read_text(), target, folder)

@@ -153,7 +153,7 @@ def _transformers_code(
         *([] if merged else ["    ignore_mismatched_sizes=True,  # the head comes with the adapter"]),
         *(["    trust_remote_code=True,"] if trust else []),
         ")",
-        "model.config.pad_token_id = tokenizer.pad_token_id",
+        "model.config.get_text_config().pad_token_id = tokenizer.pad_token_id",
         *adapter,
         "model.eval()",
         *_encoding(encoder),

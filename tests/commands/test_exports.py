@@ -249,3 +249,11 @@ def test_a_padding_token_is_set_where_a_model_of_texts_and_pictures_reads_it(tmp
     folder = finished(model, tmp_path)
     target = export(folder, tmp_path / "exported")
     runs_as_the_run_does((target / "README.md").read_text(), target, folder)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["vera", "lokr"])
+def test_other_low_rank_types_merge_beside_a_head_of_several_modules(tmp_path, kind):
+    folder = finished(zoo.build("roberta", tmp_path), tmp_path, adapter__type=kind)
+    target = export(folder, tmp_path / "exported", "--merge")
+    runs_as_the_run_does((target / "README.md").read_text(), target, folder)

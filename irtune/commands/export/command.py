@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -181,6 +182,9 @@ def _folded(run: LoadedRun) -> Any:
     model: Any = run.model
     fold = implementation(adapter_kinds()[run.config.adapter.type]).merge
     if hasattr(model, "merge_and_unload"):
+        for name, part in list(model.named_modules()):  # peft's types but lora can unwrap linear heads only
+            if isinstance(part, ModulesToSaveWrapper):
+                model.set_submodule(name, part.modules_to_save["default"])
         return model.merge_and_unload()
     if fold is not None:
         with torch.no_grad():

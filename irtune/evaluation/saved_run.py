@@ -188,11 +188,17 @@ def _check_merged(folder: Path, labels: Sequence[str]) -> None:
         )
 
 
-def is_peft_adapter(folder: Path, run: Path) -> bool:
+# Ways of peft to draw first values, which leave the base's weights as they are.
+DRAWN = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def is_peft_adapter(folder: Path, run: Path, *, values: bool = False) -> bool:
     """Whether `folder` holds an adapter of `run` in peft's format, and not in irtune's own.
 
+    `values`: only its values are read, and peft does nothing with its settings, which may then be another program's.
+
     Raises:
-        RunError: when it holds none, or one that irtune has not written so.
+        RunError: when it holds none, or one whose settings irtune does not know.
     """
     for file in (folder, *(folder / name for name in ADAPTER_FILES)):
         if not file.exists():
@@ -202,7 +208,7 @@ def is_peft_adapter(folder: Path, run: Path) -> bool:
     record = read_object(folder / "adapter_config.json")
     if "peft_type" not in record:
         return False
-    _check_record(record, folder / "adapter_config.json")
+    _check_record(record, folder / "adapter_config.json", values=values)
     return True
 
 
@@ -218,7 +224,7 @@ def check_will_load(model: nn.Module) -> None:
             _check_record(read_object(Path(folder) / "adapter_config.json"), Path("adapter_config.json"))
 
 
-def _check_record(record: dict[str, Any], file: Path) -> None:
+def _check_record(record: dict[str, Any], file: Path, *, values: bool = False) -> None:
     """Raise a RunError for settings of peft that irtune never writes."""
     known = {name.upper() for name, kind in adapter_kinds().items() if kind.peft_format}
     given = record.get("peft_type")
@@ -232,6 +238,8 @@ def _check_record(record: dict[str, Any], file: Path) -> None:
         "target_parameters": lambda value: value is None or _are_names(value),
         "init_lora_weights": lambda value: value in (True, False, "pissa"),
     }
+    if values:
+        rules |= {"target_modules": lambda _: True, "init_lora_weights": lambda value: value in (*DRAWN, "pissa")}
     for name, value in record.items():
         number = given != "LORA" and isinstance(value, int | float) and abs(value) <= MAX_RANK
         if name in usual and name not in {*WRITTEN, *rules} and value != _default(usual[name]) and not number:

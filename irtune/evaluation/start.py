@@ -15,7 +15,7 @@ from irtune.adapters import LayerTable, adapter_traits
 from irtune.config.schema import AdapterConfig
 from irtune.distributed.partitioned import whole_shape, write_whole
 from irtune.errors import ConfigError, RunError
-from irtune.evaluation.saved_run import ADAPTER_FILES, adapter_folder, is_merged, is_peft_adapter, read_object
+from irtune.evaluation.saved_run import ADAPTER_FILES, DRAWN, adapter_folder, is_merged, is_peft_adapter, read_object
 from irtune.models.pooling import HEAD_NAME, pooling_of
 
 log = logging.getLogger("irtune")
@@ -34,7 +34,7 @@ def start_from(place: str, model: nn.Module, table: LayerTable, adapter: Adapter
     with another pooling or kind of head all of it. Collective where parameters are partitioned.
 
     Args:
-        place: folder of a run, or of an adapter.
+        place: folder of a run, or of an adapter, also of one that plain peft has written.
         model: with its adapters, under no engine yet.
         table: of the model.
         adapter: of this run.
@@ -42,7 +42,7 @@ def start_from(place: str, model: nn.Module, table: LayerTable, adapter: Adapter
 
     Raises:
         ConfigError: when the adapter there is another than this run's; names the key to change.
-        RunError: when there is no adapter.
+        RunError: when there is no adapter, or one with settings of peft that irtune does not know.
     """
     if adapter_traits(adapter).pretrained:
         raise ConfigError(
@@ -56,7 +56,7 @@ def start_from(place: str, model: nn.Module, table: LayerTable, adapter: Adapter
             "model.start_from out"
         )
     folder = adapter_folder(given)
-    peft = is_peft_adapter(folder, given)
+    peft = is_peft_adapter(folder, given, values=True)
     record = read_object(folder / ADAPTER_FILES[0])
     _compare(folder, record, model, adapter, peft)
     try:
@@ -107,7 +107,8 @@ def _compare(folder: Path, record: Mapping[str, Any], model: nn.Module, adapter:
             f"{adapter.type} is of {here.peft_type.value}; set adapter.type as it was there"
         )
     for name, key in SCALES.items():
-        if hasattr(here, name) and record.get(name) != getattr(here, name):
+        drawn = name == "init_lora_weights" and record.get(name) in DRAWN and getattr(here, name) in DRAWN
+        if hasattr(here, name) and not drawn and record.get(name) != getattr(here, name):
             raise ConfigError(
                 f"model.start_from: {folder} has {name} {record.get(name)!r} where adapter.{key} makes it "
                 f"{getattr(here, name)!r}; set adapter.{key} as it was there"

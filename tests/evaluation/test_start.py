@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from irtune.adapters import write_adapter
 from irtune.adapters.build import add_adapters
@@ -87,6 +89,46 @@ def test_an_adapter_alone_says_nothing_of_labels(llama, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "irtune"):
         start_from(str(tmp_path / "other"), model, table, adapter, LABELS)
     assert "is for labels that are not known: it starts anew" in caplog.text
+
+
+PLAIN = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": "gaussian"}
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "CAUSAL_LM"])
+def test_it_computes_what_an_adapter_of_plain_peft_does(llama, tmp_path, task, caplog):
+    """The way from an adapter of another program, or of a language model, whose head is no classifier's."""
+    kind = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+    other = get_peft_model(kind.from_pretrained(llama), LoraConfig(task_type=task, **PLAIN))
+    for name, parameter in other.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    other.save_pretrained(tmp_path)
+    model, table, adapter = built(llama)
+    with caplog.at_level(logging.INFO, "irtune"):
+        start_from(str(tmp_path), model, table, adapter, LABELS)
+    assert "is for labels that are not known: it starts anew" in caplog.text
+
+    def states(one):
+        with torch.no_grad():
+            return one.eval().base_model.model.model(input_ids=IDS).last_hidden_state
+
+    torch.testing.assert_close(states(model), states(other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        ({"target_modules": ["q_proj"]}, r"k_proj.lora_A.weight is not there .* and the section adapter as they were"),
+        ({"lora_alpha": 8}, "has lora_alpha 8 where adapter.alpha makes it 16.0; set adapter.alpha"),
+        ({"init_lora_weights": "olora"}, "sets init_lora_weights to 'olora', which irtune never does"),
+        ({"alpha_pattern": {"q_proj": 3}}, "sets alpha_pattern to .* which irtune never does"),
+    ],
+)
+def test_another_adapter_of_plain_peft_is_refused(llama, tmp_path, there, reason):
+    other = AutoModelForSequenceClassification.from_pretrained(llama)
+    get_peft_model(other, LoraConfig(task_type="SEQ_CLS", **PLAIN | there)).save_pretrained(tmp_path)
+    with pytest.raises((ConfigError, RunError), match=reason):
+        start_from(str(tmp_path), *built(llama), LABELS)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,9 @@ def _compare(folder: Path, record: Mapping[str, Any], model: nn.Module, adapter:
                 )
         return
     if not isinstance(model, PeftModel):
-        raise ConfigError(f"model.start_from: {folder} holds low-rank updates, and adapter.type is {adapter.type}")
+        raise ConfigError(
+            f"model.start_from: {folder} holds low-rank updates; set adapter.type as it was there, not {adapter.type}"
+        )
     here: Any = model.peft_config["default"]
     if record["peft_type"] != here.peft_type:
         raise ConfigError(

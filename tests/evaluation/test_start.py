@@ -137,7 +137,7 @@ def test_another_adapter_of_plain_peft_is_refused(llama, tmp_path, there, reason
         ({"r": 2}, "has r 4 where adapter.r makes it 2"),
         ({"alpha": 3.0}, "has lora_alpha 16.0 where adapter.alpha makes it 3.0"),
         ({"type": "rslora"}, "has use_rslora False where adapter.type makes it True"),
-        ({"type": "bottleneck"}, "holds low-rank updates, and adapter.type is bottleneck"),
+        ({"type": "bottleneck"}, "holds low-rank updates; set adapter.type as it was there, not bottleneck"),
         ({"type": "none"}, "export that run with --merge and set model.name_or_path"),
         ({"target_modules": ["q_proj"]}, None),
     ],

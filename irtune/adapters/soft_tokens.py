@@ -60,7 +60,7 @@ class SoftTokens(nn.Module):
         def longer(name: str, tensor: torch.Tensor) -> torch.Tensor:
             if name == "attention_mask":
                 extra = attends.to(tensor.dtype).expand(rows, -1)
-            elif name == "edit_mask":
+            elif name in ("edit_mask", "side_mask"):
                 extra = tensor.new_zeros(rows, count)
             else:  # a token of the text itself: never the padding, by which the model finds the end
                 extra = tensor[:, :1].expand(rows, count)

@@ -11,7 +11,7 @@ from irtune.adapters.guard import check_length, watch
 from irtune.commands.common import add_json, at_least, parser, show, show_json
 from irtune.config import Config, load_config
 from irtune.config.batch_size import with_accumulation
-from irtune.config.checks import pools_edits
+from irtune.config.checks import needed_mask
 from irtune.config.declarations import methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.config.warmup import warmup_length
@@ -137,8 +137,8 @@ def _read(config: Config, ranks: int) -> _Inputs:
         tried(lambda: read_synonyms(Path(str(config.data.synonyms)).expanduser()))
     tokenizer = tried(lambda: load_tokenizer(config.model))
     tried(lambda tokenizer: check_pooling(config.model, tokenizer), tokenizer)
-    edits = pools_edits(config.model)
-    encoder = tried(lambda c, t: Encoder(t, config.data, c.labels, edits=edits), corpus, tokenizer)
+    mask = needed_mask(config.model)
+    encoder = tried(lambda c, t: Encoder(t, config.data, c.labels, mask=mask), corpus, tokenizer)
     encoded = tried(lambda corpus, encoder: encoder.encode_corpus(corpus), corpus, encoder)
     micro_batches = ranks * config.optim.gradient_accumulation_steps
     sampler = tried(lambda encoded: build_sampler(encoded["train"], config, micro_batches), encoded)

@@ -6,7 +6,7 @@ a method stand in its declaration.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from irtune.config.declarations import Declaration, adapter_kinds, methods
 from irtune.config.keys import declared_limit, known_keys, value_of
@@ -18,9 +18,11 @@ from irtune.config.template import template_problems
 ROUNDING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
 
 
-def pools_edits(model: ModelConfig) -> bool:
-    """Whether the head reads the marked edits, so that it must be told which tokens belong to them."""
-    return "edit" in model.pooling
+def needed_mask(model: ModelConfig) -> Literal["edit_mask", "side_mask"] | None:
+    """What the head must be told of each token: whether it belongs to a marked edit, or to which text of a pair."""
+    if model.head == "cross":
+        return "side_mask"
+    return "edit_mask" if "edit" in model.pooling else None
 
 
 def check_config(config: Config) -> list[str]:
@@ -190,7 +192,7 @@ def _check_model(config: Config) -> list[str]:
         problems.append(
             "adapter.dtype float32 needs model.dtype float32 or bfloat16; with float16 set adapter.dtype to model"
         )
-    if pools_edits(config.model) and (config.data.prompt != "diff" or config.data.template is not None):
+    if needed_mask(config.model) == "edit_mask" and (config.data.prompt != "diff" or config.data.template is not None):
         prompt = f"data.prompt {config.data.prompt}" if config.data.template is None else "data.template"
         problems.append(
             f"model.pooling {config.model.pooling} reads the marked edits, and {prompt} marks none; set data.prompt to "
@@ -198,9 +200,30 @@ def _check_model(config: Config) -> list[str]:
         )
     if config.model.head_init is not None:
         problems += _check_head_init(config.model)
-    if config.model.head != "linear" and config.model.pooling == "class":
+    if config.model.head == "cross":
+        problems += _check_cross(config)
+    elif config.model.head != "linear" and config.model.pooling == "class":
         problems.append(
             f"model.head {config.model.head} goes with every model.pooling but class, whose head is the model's own"
+        )
+    return problems
+
+
+def _check_cross(config: Config) -> list[str]:
+    """What the head cross, which compares the two texts of a pair, does not go with."""
+    data, pooling = config.data, config.model.pooling
+    if data.after is None:
+        return ["model.head cross compares two texts, but data.after is null; set model.head to linear or mlp"]
+    problems = []
+    if data.prompt != "tagged" or data.template is not None:
+        prompt = f"data.prompt {data.prompt}" if data.template is None else "data.template"
+        problems.append(
+            f"model.head cross compares the texts of a pair in its tagged form, and {prompt} is set; set data.prompt "
+            "to tagged without a template, or model.head to linear or mlp"
+        )
+    if pooling not in ("mean", "last"):
+        problems.append(
+            f"model.head cross pools each text by itself, which model.pooling {pooling} does not; accepted: mean, last"
         )
     return problems
 

@@ -26,6 +26,7 @@ PRESETS: dict[tuple[str, str | bool], dict[str, Any]] = {
     ("data.preset", "argrewrite"): {"data.before": "source", "data.after": "target", "data.label": "label"},
     ("data.multi_label", True): {"optim.loss": "binary"},
     ("data.task", "regression"): {"optim.loss": "mean_squared_error", "run.best_metric": "pearson"},
+    ("model.head", "cross"): {"data.prompt": "tagged", "model.pooling": "mean"},
     ("tuning.preset", "reference"): {
         "tuning.score": "reference",
         "tuning.scores": "stale",

@@ -44,8 +44,10 @@ class ModelConfig:
     mean of the tokens of the marked edits, of all tokens where nothing is marked; mean+edit and last+edit: both. Those
     with edit need data.prompt diff, with which mean+edit is filled in. All but class have a head of irtune's that
     computes in fp32 and starts at zero, and are saved in irtune's format."""
-    head: Literal["linear", "mlp"] = "linear"
-    """Head of every pooling but class: linear, or mlp with a hidden layer as wide as the model."""
+    head: Literal["linear", "mlp", "cross"] = "linear"
+    """Head of every pooling but class: linear, or mlp with a hidden layer as wide as the model. cross: linear over the
+    states of both texts of a pair, pooled by mean or last, and their absolute difference, |new - old|; it needs
+    data.prompt tagged."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False

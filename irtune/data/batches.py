@@ -252,9 +252,9 @@ def collate(
     """Pad to the longest example of the batch, or to the next of `lengths`, on the right.
 
     Returns:
-        input_ids and attention_mask, int64 [batch, length]; token_type_ids and edit_mask where the examples have them;
-        labels when given: targets, int64 [batch] for one label per example. attention_mask.padded says whether it
-        holds a 0, and where `packed`, attention_mask.lengths is the list of the examples' lengths.
+        input_ids and attention_mask, int64 [batch, length]; token_type_ids, edit_mask and side_mask where the examples
+        have them; labels when given: targets, int64 [batch] for one label per example. attention_mask.padded says whether
+        it holds a 0, and where `packed`, attention_mask.lengths is the list of the examples' lengths.
     """
     length = max(len(item["input_ids"]) for item in encoded)
     if lengths is not None:
@@ -269,7 +269,7 @@ def collate(
             [[1] * len(item["input_ids"]) + [0] * (length - len(item["input_ids"])) for item in encoded]
         ),
     }
-    for name in ("token_type_ids", "edit_mask"):
+    for name in ("token_type_ids", "edit_mask", "side_mask"):
         if name in encoded[0]:
             batch[name] = padded(name, 0)
     if labels is not None:

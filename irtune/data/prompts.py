@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +35,12 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, labels: Sequence[str], *, edits: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        labels: Sequence[str],
+        *,
+        mask: Literal["edit_mask", "side_mask"] | None = None,
     ):
         """Prepare the template.
 
@@ -42,16 +48,17 @@ class Encoder:
             tokenizer: the model's.
             data: the prompt and the length.
             labels: names of the classes, for `instruction`.
-            edits: encoded examples also say which tokens belong to edits, which only the prompt `diff` marks.
+            mask: encoded examples also say which tokens belong to edits, which only the prompt `diff` marks, or to
+                which text of a pair, which every other prompt knows.
 
         Raises:
             ConfigError: when the template alone is longer than `data.max_length`, or the tokenizer cannot tell which
-                characters a token stands for, and `edits` asks.
+                characters a token stands for, and `mask` asks.
         """
-        self.marks_edits, self.context_words = edits, data.context_words
+        self.mask, self.context_words = mask, data.context_words
         self.has_pair = data.after is not None
         self.is_diff = data.prompt == "diff" and data.template is None and self.has_pair
-        if edits and not tokenizer.is_fast:
+        if mask == "edit_mask" and not tokenizer.is_fast:
             raise ConfigError(
                 f"{type(tokenizer).__name__} does not tell which characters a token stands for, so the tokens of edits "
                 "are not known; accepted: model.pooling class, last, cls or mean"
@@ -110,7 +117,8 @@ class Encoder:
         return fixed + len(self._ids(example.before)) + len(self._ids(example.after or ""))
 
     def encode(self, example: Example) -> dict[str, list[int]]:
-        """Token ids of one example; token types 0/1 where the tokenizer has them; edit_mask 0/1 where it was asked for.
+        """Token ids of one example; token types 0/1 where the tokenizer has them; where it was asked for, edit_mask
+        0/1, or side_mask 1 for tokens of the old text, 2 for those of the new one, else 0.
 
         Raises:
             DataError: when not a single token is left of it, or a diff has no text after.
@@ -130,6 +138,9 @@ class Encoder:
             if self.tail_types is not None:
                 types[len(types) - len(self.tail_types) :] = self.tail_types
             encoded["token_type_ids"] = types
+        if self.mask == "side_mask":
+            sides = [0] * len(self.head) + [1] * len(before) + [0] * len(self.middle) + [2] * len(after)
+            encoded["side_mask"] = sides + [0] * len(self.tail)
         return encoded
 
     def encode_corpus(self, corpus: Corpus) -> Encoded:
@@ -150,7 +161,7 @@ class Encoder:
         around = [self.head, self.middle, self.tail, self.budget, self.token_types, self.has_pair]
         around += [self.tail_types] if self.tail_types is not None else []
         if self.is_diff:
-            around += [*diff.DEFAULT.all(), self.context_words, self.marks_edits]
+            around += [*diff.DEFAULT.all(), self.context_words, self.mask is not None]
         found.update(json.dumps(around).encode())
         if tokenizer.is_fast:
             found.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -177,7 +188,7 @@ class Encoder:
             marked.text,
             add_special_tokens=False,
             split_special_tokens=True,
-            return_offsets_mapping=self.marks_edits,
+            return_offsets_mapping=self.mask is not None,
             verbose=False,
         )
         ids = self.head + found["input_ids"][: self.budget] + self.tail
@@ -186,7 +197,7 @@ class Encoder:
         encoded = {"input_ids": ids}
         if self.token_types:
             encoded["token_type_ids"] = [0] * len(ids)
-        if self.marks_edits:
+        if self.mask is not None:
             inside = bytearray(len(marked.text))
             for start, end in marked.edits:
                 inside[start:end] = b"\1" * (end - start)

@@ -19,7 +19,7 @@ from torch import nn
 from irtune import files
 from irtune.adapters import load_adapter
 from irtune.config import Config, load_config
-from irtune.config.checks import pools_edits
+from irtune.config.checks import needed_mask
 from irtune.config.declarations import adapter_kinds
 from irtune.config.schema import RISKS
 from irtune.data import Encoder, Example, padded_lengths
@@ -138,7 +138,7 @@ def load_run(folder: Path, device: torch.device, dtype: str | None = None, trust
         from irtune.models.quantization import dequantize  # late: see irtune.cli
 
         dequantize(classifier.model, DTYPES[dtype])
-    encoder = Encoder(classifier.tokenizer, config.data, labels, edits=pools_edits(config.model))
+    encoder = Encoder(classifier.tokenizer, config.data, labels, mask=needed_mask(config.model))
     model: nn.Module = classifier.model
     try:
         if not merged and peft:

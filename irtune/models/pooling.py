@@ -47,6 +47,7 @@ class _Pooled:
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         edit_mask: torch.Tensor | None = None,
+        side_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput:
@@ -55,8 +56,11 @@ class _Pooled:
         body = getattr(model, model.base_model_prefix)
         given = {name: value for name, value in inputs.items() if value is not None}
         states = body(input_ids=input_ids, attention_mask=attention_mask, **given).last_hidden_state
-        head = getattr(model, HEAD_NAME)
-        return SequenceClassifierOutput(logits=head(pool(states, self.pooling.kind, attention_mask, edit_mask)))
+        if self.pooling.head == "cross":
+            read = pool_sides(states, self.pooling.kind, attention_mask, side_mask)
+        else:
+            read = pool(states, self.pooling.kind, attention_mask, edit_mask)
+        return SequenceClassifierOutput(logits=getattr(model, HEAD_NAME)(read))
 
 
 def pool(
@@ -83,6 +87,29 @@ def pool(
         "edit": lambda: _mean(states, edits),
     }
     return torch.cat([parts[part]() for part in kind.split("+")], dim=1)
+
+
+def pool_sides(
+    states: torch.Tensor,
+    kind: str,
+    attention_mask: torch.Tensor | None = None,
+    side_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the head cross reads of a pair: old, |new - old| and new, fp32 [batch, 3 x width].
+
+    With `last`, XNet's n-diffABS-o (Ruan, Kuznetsov and Gurevych 2024, arXiv 2410.02028); `mean` is our reading.
+
+    Args:
+        states: of the last layer, [batch, length, width], from one pass over both texts.
+        kind: mean or last, of each text's own tokens. A text without any is 0.
+        attention_mask: as in `pool`.
+        side_mask: [batch, length], 1 for tokens of the old text, 2 for those of the new one, else 0. None: all tokens
+            are of both.
+    """
+    seen = torch.ones_like(states[..., 0], dtype=torch.long) if attention_mask is None else attention_mask
+    sides = [seen, seen] if side_mask is None else [(side_mask == side).long() for side in (1, 2)]
+    old, new = (pool(states, kind, side) * side.amax(1, keepdim=True) for side in sides)
+    return torch.cat([old, (new - old).abs(), new], dim=1)
 
 
 def _mean(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -136,7 +163,7 @@ def add_pooling(model: Any, config: ModelConfig) -> None:
         body.pooler = nn.Identity()  # BERT's, which nothing reads any more
     width, like = linear[0].in_features, linear[0].weight
     place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    inputs = width * len(config.pooling.split("+"))
+    inputs = width * (3 if config.head == "cross" else len(config.pooling.split("+")))
     hidden = [FloatLinear(inputs, width, **place), nn.GELU()] if config.head == "mlp" else []
     last = FloatLinear(width if hidden else inputs, model.config.num_labels, **place)
     nn.init.zeros_(last.weight)

@@ -17,7 +17,7 @@ from irtune.adapters.guard import check_length, watch
 from irtune.adapters.schedule import Schedule
 from irtune.config import Config, write_config
 from irtune.config.batch_size import with_accumulation
-from irtune.config.checks import pools_edits
+from irtune.config.checks import needed_mask
 from irtune.config.declarations import adapter_kinds, implementation, methods
 from irtune.config.deepspeed_json import read_engine_json
 from irtune.data import (
@@ -138,7 +138,7 @@ def prepare(config: Config, settings: dict[str, Any], world: World, folder: Path
             start_from_words(classifier, config.model, corpus.labels)
         classifier.run = RunFacts.of(config)
         check_length(config, classifier)
-        encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, edits=pools_edits(config.model))
+        encoder = Encoder(classifier.tokenizer, config.data, corpus.labels, mask=needed_mask(config.model))
         # While rank 0 counts memory, the others do its share.
         examples = [example for split in corpus.splits.values() for example in split]
         share = runtime.made_together(job, encoder.encode, examples, ENCODED_AT_A_TIME)

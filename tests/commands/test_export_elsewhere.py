@@ -104,11 +104,12 @@ def test_vllm_gives_an_encoder_no_head_and_serves_it_merged(bert, corpus, tmp_pa
 # ----- ONNX -----
 
 EDITS = {"model__pooling": "mean+edit", "data__prompt": "diff"}
+SIDES = {"model__pooling": "mean", "model__head": "cross"}
 TYPES = {"adapter__type": "bottleneck", "adapter__size": 4, "data__prompt": "plain"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "third"), [(EDITS, "edit_mask"), (TYPES, "token_type_ids")])
+@pytest.mark.parametrize(("options", "third"), [(EDITS, "edit_mask"), (SIDES, "side_mask"), (TYPES, "token_type_ids")])
 def test_a_graph_gives_the_logits_of_the_run_for_any_batch_and_length(corpus, tmp_path, options, third):
     session_of = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed").InferenceSession
     bert = tiny.save_model(tmp_path / "bert", "bert", layers=1)
@@ -133,6 +134,9 @@ def test_a_graph_gives_the_logits_of_the_run_for_any_batch_and_length(corpus, tm
         (found,) = session.run(["logits"], {name: batch[name].numpy() for name in names})
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-5)
     assert onnx._difference(batch, wanted + 1, target / "model.onnx") == pytest.approx(1, abs=1e-4)
+    if options is SIDES:  # its texts are not written without irtune
+        assert "# batch: what irtune makes of texts, load_run" in card_code(target)
+        return
     made: dict = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(card_code(target), "README.md", "exec"), made)

@@ -155,7 +155,7 @@ def test_the_largest_that_fits(bound, limit):
 def encoded(folder, max_length=64, context=None, **texts_of):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = DataConfig(prompt="diff", max_length=max_length, context_words=context)
-    found = Encoder(tokenizer, data, ["x", "y"], edits=True).encode(Example("1", label=0, **texts_of))
+    found = Encoder(tokenizer, data, ["x", "y"], mask="edit_mask").encode(Example("1", label=0, **texts_of))
     assert len(found["input_ids"]) == len(found["edit_mask"]) <= max_length
     return tokenizer.decode(found["input_ids"]), [
         tokenizer.decode(token) for token, inside in zip(found["input_ids"], found["edit_mask"]) if inside
@@ -207,12 +207,12 @@ def test_context_words_and_token_types(bpe, bert):
 def test_everything_about_a_diff_is_in_the_digest_that_ranks_compare(bpe):
     tokenizer = AutoTokenizer.from_pretrained(bpe)
     made = {
-        Encoder(tokenizer, DataConfig(prompt=prompt, context_words=words), ["x", "y"], edits=edits).digest()
-        for prompt, words, edits in [
-            ("plain", None, False),
-            ("diff", None, False),
-            ("diff", None, True),
-            ("diff", 3, True),
+        Encoder(tokenizer, DataConfig(prompt=prompt, context_words=words), ["x", "y"], mask=mask).digest()
+        for prompt, words, mask in [
+            ("plain", None, None),
+            ("diff", None, None),
+            ("diff", None, "edit_mask"),
+            ("diff", 3, "edit_mask"),
         ]
     }
     assert len(made) == 4

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from irtune.adapters import add_adapters
+from irtune.config.checks import needed_mask
 from irtune.data import Encoder, read_corpus
 from irtune.errors import ModelError
 from irtune.evaluation import round_trip
@@ -20,7 +21,7 @@ def adapted(model, corpus, folder, **options):
     found = read_corpus(config.data)
     classifier = load_classifier(config.model, found.labels)
     classifier.run = RunFacts.of(config)
-    encoder = Encoder(classifier.tokenizer, config.data, found.labels, edits="edit" in config.model.pooling)
+    encoder = Encoder(classifier.tokenizer, config.data, found.labels, mask=needed_mask(config.model))
     network, table = add_adapters(classifier, config.adapter)
     texts = [encoder.encode(example) for example in found.splits["train"][:2]]
     return config, network, table, classifier, found.labels, texts

@@ -39,14 +39,17 @@ def texts() -> list[dict[str, list[int]]]:
     """With an edit in each but the first."""
     return [
         {"input_ids": [4 + (7 * row + place) % 190 for place in range(length)],
-         "edit_mask": [int(row > 0 and place in (1, 2)) for place in range(length)]}
+         "edit_mask": [int(row > 0 and place in (1, 2)) for place in range(length)],
+         "side_mask": [min(place, 2) for place in range(length)]}
         for row, length in enumerate(LENGTHS)
     ]  # fmt: skip
 
 
-def adapted(box, name: str, dtype: str, pooling: str = "class", **options) -> tuple[Any, LayerTable, bool]:
+def adapted(
+    box, name: str, dtype: str, pooling: str = "class", head: Any = "linear", **options
+) -> tuple[Any, LayerTable, bool]:
     """A model of the zoo with adapters that have trained, asked to do without padding; whether it does."""
-    settings = ModelConfig(name_or_path=str(zoo.build(name, box)), dtype=dtype, pooling=pooling)
+    settings = ModelConfig(name_or_path=str(zoo.build(name, box)), dtype=dtype, pooling=pooling, head=head)
     classifier = load_classifier(settings, list(zoo.LABELS))
     config = tiny.tiny_config(box / name, box, box / "run", data__padding_free="true", **options)
     torch.manual_seed(1)
@@ -89,8 +92,10 @@ def test_nothing_of_a_batch_outlives_it(box, name, checkpointing):
 @pytest.mark.quick
 @pytest.mark.parametrize("name", [name for name in zoo.ZOO if name != "t5"])
 def test_logits_and_gradients_are_those_of_padded_batches(box, name, caplog):
-    pooling = "mean+edit" if name in ("bert", "mpnet", "qwen2") else "class"
-    model, table, packs = adapted(box, name, "float32", pooling)
+    pooling, head = {
+        "bert": ("mean+edit", "linear"), "mpnet": ("last", "cross"), "qwen2": ("mean", "cross"),
+    }.get(name, ("class", "linear"))  # fmt: skip
+    model, table, packs = adapted(box, name, "float32", pooling, head)
     assert packs == (name in PACKED)
     if not packs:
         assert f"{type(model.base_model.model).__name__.removeprefix('Pooled')} takes no other attention" in caplog.text

@@ -18,15 +18,16 @@ from irtune.adapters.soft_tokens import leading_tokens
 from irtune.commands import export
 from irtune.commands.validate import validate
 from irtune.config import AdapterConfig, DataConfig, ModelConfig, load_config
-from irtune.data import Encoder, read_corpus
+from irtune.data import Encoder, Example, collate, read_corpus
 from irtune.data.diff import diff, render
 from irtune.engine.layer_state import HEAD
 from irtune.errors import CheckpointError, ConfigError
 from irtune.evaluation.metrics import metrics
 from irtune.evaluation.saved_run import load_run
 from irtune.models import load_classifier
-from irtune.models.pooling import HEAD_NAME, Pooling, pool, pooling_of
+from irtune.models.pooling import HEAD_NAME, Pooling, pool, pool_sides, pooling_of
 from tests.support import tiny
+from tests.support.finished import finished_run
 from tests.support.ranks import run_ranks
 from tests.support.runs import launch, losses
 
@@ -52,6 +53,84 @@ def test_pooling_by_hand(kind, wanted):
     assert pool(STATES.bfloat16(), kind, SEEN, EDITS).tolist() == wanted
     hidden = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1]])  # padding in the middle, as before soft tokens of labels
     assert pool(STATES, "last", hidden).tolist() == [[4, 5], [14, 15]]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "kind, wanted",
+    [  # old, |new - old|, new; row 1 has no new text
+        ("mean", [[1, 2, 3, 3, 4, 5], [10, 11, 10, 11, 0, 0]]),
+        ("last", [[2, 3, 2, 2, 4, 5], [12, 13, 12, 13, 0, 0]]),
+    ],
+)
+def test_both_sides_of_a_pair_by_hand(kind, wanted):
+    sides = torch.tensor([[1, 1, 2, 0], [1, 1, 1, 0]])
+    assert pool_sides(STATES.bfloat16(), kind, SEEN, sides).tolist() == wanted
+    # A caller that tells nothing of sides, as when memory is planned.
+    assert pool_sides(STATES, "mean", SEEN).tolist() == [[2, 3, 0, 0, 2, 3], [11, 12, 0, 0, 11, 12]]
+
+
+@pytest.mark.quick
+def test_a_pair_that_is_cut_keeps_both_sides(bpe):
+    tokenizer = AutoTokenizer.from_pretrained(bpe)
+    data = DataConfig(prompt="tagged", max_length=40)
+    encoder = Encoder(tokenizer, data, ["x", "y"], mask="side_mask")
+    for before, after in (("blue house", "red house"), ("blue " * 90, "red"), ("blue " * 90, "red " * 90), ("", "red")):
+        found = encoder.encode(Example("1", before, after, 0))
+        assert len(found["input_ids"]) == len(found["side_mask"]) <= 40
+        shown = ["".join(tokenizer.decode(token) for token, there in zip(found["input_ids"], found["side_mask"])
+                         if there == side) for side in (1, 2)]  # fmt: skip
+        assert shown[0] == before[: len(shown[0])] and shown[1] == after[: len(shown[1])]
+        assert bool(shown[0]) == bool(before) and shown[1]
+    assert collate([found, encoder.encode(Example("2", "a", "b", 0))], 0)["side_mask"].shape[0] == 2
+
+
+@pytest.mark.quick
+def test_a_head_that_compares_sides_is_filled_in_refused_saved_merged_and_loaded(llama, corpus, tmp_path):
+    filled = load_config(["--data.path=x", "--model.head=cross"])
+    assert (filled.data.prompt, filled.model.pooling) == ("tagged", "mean")
+    for options, sentence in (
+        (["--data.prompt=diff"], r"tagged form, and data.prompt diff is set; set data.prompt to tagged without"),
+        (["--data.template={before}{after}"], r"tagged form, and data.template is set"),
+        (["--data.after=null"], r"cross compares two texts, but data.after is null; set model.head to linear or mlp"),
+        (["--model.pooling=cls"], r"which model.pooling cls does not; accepted: mean, last"),
+        (["--model.pooling=class"], r"which model.pooling class does not; accepted: mean, last"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            load_config(["--data.path=x", "--model.head=cross", *options])
+
+    folder = finished_run(tmp_path / "run", llama, corpus, model__head="cross", model__pooling="mean")
+    run = load_run(folder, torch.device("cpu"))
+    head = run.classifier.model.get_submodule(HEAD_NAME).modules_to_save["default"][0]
+    assert head.in_features == 3 * 32 and pooling_of(run.model) == Pooling("mean", "cross")
+    rows = [Example("1", "the blue house", "the red house", 0), Example("2", "", "the house", 0)]
+    # By hand, from the last states of each text alone.
+    read = []
+    for row in rows:
+        item = run.encoder.encode(row)
+        body = getattr(run.classifier.model, run.classifier.model.base_model_prefix)
+        with torch.no_grad():
+            states = body(input_ids=torch.tensor([item["input_ids"]])).last_hidden_state[0]
+        sides = torch.tensor(item["side_mask"])
+        old, new = (states[sides == s].sum(0) / max(1, int((sides == s).sum())) for s in (1, 2))
+        read.append(torch.cat([old, (new - old).abs(), new]))
+    wanted = (torch.stack(read) @ head.weight.T + head.bias).softmax(-1)
+    found = run.predict(rows, 2).probabilities
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert not torch.allclose(found, run.predict([rows[0], Example("2", "the house", "", 0)], 2).probabilities)
+
+    assert export.main(["--run", str(folder), "--to", str(tmp_path / "merged"), "--merge"]) == 0
+    merged = load_run(tmp_path / "merged", torch.device("cpu"))
+    torch.testing.assert_close(merged.predict(rows, 2).probabilities, found, atol=1e-4, rtol=0)
+    exec(code_of((tmp_path / "merged/README.md").read_text(), tmp_path / "merged"), {})
+    linear = load_classifier(dataclasses.replace(run.config.model, head="linear"), run.labels)
+    with pytest.raises(CheckpointError, match=r"trained with model.pooling mean and model.head cross; load the base"):
+        load_adapter(linear, folder / "adapter")
+
+
+@pytest.mark.quick
+def test_validate_checks_a_head_that_compares_sides(llama, corpus, tmp_path):
+    validate(tiny.tiny_config(llama, corpus, tmp_path / "run", model__head="cross", model__pooling="last"), 1)
 
 
 def batch_of(size):
@@ -167,7 +246,7 @@ def test_the_validator_knows_it_too(llama, corpus, tmp_path):
 def test_a_tokenizer_without_offsets_is_refused():
     slow = Mock(is_fast=False)
     with pytest.raises(ConfigError, match=r"does not tell which characters .* accepted: model.pooling class, last"):
-        Encoder(slow, DataConfig(prompt="diff"), ["x", "y"], edits=True)
+        Encoder(slow, DataConfig(prompt="diff"), ["x", "y"], mask="edit_mask")
 
 
 @pytest.mark.quick

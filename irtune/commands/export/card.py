@@ -73,7 +73,7 @@ def model_card(
         code = _onnx_code(config, labels, encoder)
     elif task.name != "single_label":
         code = _irtune_code(config)
-    elif pooled and merged and encoder.marks_edits:
+    elif pooled and merged and encoder.mask == "edit_mask":
         code = _pooled_code(config.model, labels)
     elif (merged or peft) and not pooled and _is_simple(encoder):
         code = _transformers_code(config, labels, encoder, merged=merged, padding_side=padding_side)
@@ -115,7 +115,9 @@ def model_card(
 
 
 def _is_simple(encoder: Encoder) -> bool:
-    """Whether the code of `_transformers_code` makes the token ids that the encoder makes."""
+    """Whether the code of `_transformers_code` makes all that the encoder makes."""
+    if encoder.mask is not None:
+        return False
     for before, after in PAIRS:
         example = Example("1", before if encoder.has_pair else before + "a", after if encoder.has_pair else None, 0)
         first, second = (encoder.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -183,10 +185,10 @@ def _onnx_code(config: Config, labels: Sequence[str], encoder: Encoder) -> str:
         "regression": ["print(logits[:, 0])"],
     }[task_of(config.data).name]
     if encoder.is_diff:
-        edits = ['batch["edit_mask"] = np.array([edits], dtype=np.int64)'] if encoder.marks_edits else []
+        edits = ['batch["edit_mask"] = np.array([edits], dtype=np.int64)'] if encoder.mask else []
         return "\n".join(["import re", "", *start, *_marked("batch", "np"), *edits, run, *show])
     if not _is_simple(encoder):
-        made = "# batch: token ids as irtune makes them, load_run(RUN, DEVICE).encoder.encode(EXAMPLE), padded."
+        made = "# batch: what irtune makes of texts, load_run(RUN, DEVICE).encoder.encode(EXAMPLE), padded."
         return "\n".join([*start, made, run, *show])
     batch = 'batch = tokenizer.pad(encoded, padding_side="right", return_tensors="np")'
     return "\n".join([*start, *_around(encoder), *_encoding(encoder), batch, run, *show])

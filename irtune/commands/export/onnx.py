@@ -21,6 +21,7 @@ INPUTS = {
     "attention_mask": "1 for tokens, 0 for padding, on the right",
     "token_type_ids": "0 for the first text, 1 for the second",
     "edit_mask": "1 for tokens of marked edits, 0 for others",
+    "side_mask": "1 for tokens of the old text, 2 for those of the new one, 0 for others",
 }
 
 

@@ -253,8 +253,8 @@ def collate(
 
     Returns:
         input_ids and attention_mask, int64 [batch, length]; token_type_ids, edit_mask and side_mask where the examples
-        have them; labels when given: targets, int64 [batch] for one label per example. attention_mask.padded says whether
-        it holds a 0, and where `packed`, attention_mask.lengths is the list of the examples' lengths.
+        have them; labels when given: targets, int64 [batch] for one label per example. attention_mask.padded says
+        whether it holds a 0, and where `packed`, attention_mask.lengths is the list of the examples' lengths.
     """
     length = max(len(item["input_ids"]) for item in encoded)
     if lengths is not None:

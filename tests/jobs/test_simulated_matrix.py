@@ -42,6 +42,8 @@ CASES = {
     "deterministic": ("zero2", ["--run.deterministic", "true"]),
     "micro_batch_tokens": ("zero2", ["--optim.micro_batch_tokens", "400"]),
     "padding_free": ("zero2", ["--data.padding_free", "true", "--model.dtype", "float32"]),
+    "kept outputs": ("zero2", ["--tuning.method", "fixed", "--tuning.layers", "3-5",
+                               "--tuning.keep_frozen_outputs", "true"]),
     "int8": ("zero2", ["--model.quantization", "int8"]),
 }  # fmt: skip
 TWO_RANKS = ("zero0 bf16", "zero1 accumulation", "zero2 nf4", "zero3 bf16", "zero3 accumulation", "offload2 bf16",

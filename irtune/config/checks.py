@@ -194,9 +194,10 @@ def _check_model(config: Config) -> list[str]:
         )
     if needed_mask(config.model) == "edit_mask" and (config.data.prompt != "diff" or config.data.template is not None):
         prompt = f"data.prompt {config.data.prompt}" if config.data.template is None else "data.template"
+        pair = "data.prompt to diff without a template, or " if config.data.after is not None else ""
         problems.append(
-            f"model.pooling {config.model.pooling} reads the marked edits, and {prompt} marks none; set data.prompt to "
-            "diff without a template, or model.pooling to class, last, cls or mean"
+            f"model.pooling {config.model.pooling} reads the marked edits, and {prompt} marks none; set {pair}"
+            "model.pooling to class, last, cls or mean"
         )
     if config.model.head_init is not None:
         problems += _check_head_init(config.model)

@@ -207,6 +207,11 @@ def test_what_a_model_cannot_have_is_refused(llama):
         ConfigError, match=r"model.pooling mean\+edit reads the marked edits, and data.prompt tagged marks"
     ):
         load_config(["--data.path=x", "--data.prompt=tagged", "--model.pooling=mean+edit"])
+    # Single texts cannot become a diff.
+    with pytest.raises(
+        ConfigError, match=r"data.prompt plain marks none; set model.pooling to class, last, cls or mean"
+    ):
+        load_config(["--data.path=x", "--data.after=null", "--model.pooling=edit"])
     with pytest.raises(ConfigError, match=r"model.head mlp goes with every model.pooling but class"):
         load_config(["--data.path=x", "--data.prompt=tagged", "--model.head=mlp"])
 

@@ -293,7 +293,6 @@ def _check_tuning(config: Config) -> list[str]:
 def _check_frozen_outputs(config: Config) -> list[str]:
     if not config.tuning.keep_frozen_outputs:
         return []
-    once = sorted(name for name, method in methods().items() if not method.repeats)
     changing = {
         "model.compile": (config.model.compile, False),
         "data.augment": (config.data.augment, "none"),
@@ -304,10 +303,12 @@ def _check_frozen_outputs(config: Config) -> list[str]:
         for key, (value, off) in changing.items()
         if value != off
     ]
-    if config.tuning.method in methods() and config.tuning.method not in once:
+    method = methods().get(config.tuning.method)
+    if method is not None and method.repeats:
+        once = sorted(name for name, other in methods().items() if not other.repeats)
         problems.append(
             "tuning.keep_frozen_outputs needs a tuning.method that chooses layers once "
-            f"({', '.join(once)}), not {config.tuning.method}"
+            f"({', '.join(once)}), not {method.name}"
         )
     return problems
 

@@ -20,6 +20,7 @@ from irtune.memory.meta_step import Step, evaluation_bytes, training_step
 from irtune.models import DTYPES, Classifier, RunFacts
 from irtune.models.anatomy import is_linear
 from irtune.models.classifier import load_tokenizer
+from irtune.models.kernels import shorten_on_cpus
 from irtune.models.skeleton import empty_classifier
 from irtune.selection.registry import build_chooser, largest_selection
 
@@ -108,6 +109,8 @@ def _count(config: Config, selected: Sequence[int] | None, device: str, labels: 
     names = names or [f"label {number}" for number in range(LABELS)]
     dtype = DTYPES[config.model.dtype]
     model, anatomy = empty_classifier(config.model, names, lambda kind: stand_in(wanted, dtype, device, kind))
+    if device == "cpu":
+        shorten_on_cpus(model, compiled=config.model.compile)
     buffers = {id(buffer) for buffer in model.buffers()}
     layers = [module for layer in model.get_submodule(anatomy.layers).children() for module in layer.modules()]
     linear = [module for module in layers if is_linear(module)]

@@ -26,7 +26,7 @@ from irtune.errors import ModelError, one_line
 from irtune.models.anatomy import Anatomy, find_anatomy, is_linear
 from irtune.models.files import check_files, find_source, without_safetensors
 from irtune.models.head import fit_head, set_labels
-from irtune.models.kernels import attention_kernel, track_padding
+from irtune.models.kernels import attention_kernel, shorten_on_cpus, track_padding
 from irtune.models.padding import suit_pooling
 from irtune.models.pooling import add_pooling, check_pooling
 
@@ -111,6 +111,8 @@ def load_classifier(
     if config.quantization != "none":
         _quantization().settle(model)
     track_padding(model)
+    if not torch.cuda.is_available():
+        shorten_on_cpus(model, compiled=config.compile)
     suit_pooling(model, tokenizer)
     # The name the user gave, not the place in a cache: peft writes it into the adapter.
     model.name_or_path = model.config.name_or_path = name

@@ -1,6 +1,7 @@
 """`python -m irtune predict`: labels and probabilities for new texts."""
 
 import csv
+import dataclasses
 import io
 import math
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from irtune.commands.common import a_path, add_run, parser, ranks, trusted
+from irtune.config.schema import DataConfig
 from irtune.data import Example
 from irtune.data.readers.cells import as_text, listed
 from irtune.data.readers.tables import NumberedRows, parse_json_lines, read_table
@@ -20,6 +22,7 @@ from irtune.files import to_json, write_text, writing
 from irtune.tasks.base import Label
 
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".tsv")
+TEXTS = {"before": "text before", "after": "text after", "context": "context"}  # columns of a run's texts
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument(
         "--output", required=True, type=_path_or_dash, help=f"file ({', '.join(OUTPUT_SUFFIXES)}), or - for JSON lines"
     )
-    options.add_argument("--before", help="column of the text before, where it is not the run's")
-    options.add_argument("--after", help="column of the text after, where it is not the run's")
+    for name, what in TEXTS.items():
+        options.add_argument(f"--{name}", help=f"column of the {what}, where it is not the run's")
     given = options.parse_args(list(arguments))
     target = None if given.output == "-" else given.output
     if target is not None and target.suffix.lower() not in OUTPUT_SUFFIXES:
@@ -55,12 +58,15 @@ def main(arguments: Sequence[str]) -> int:
         if target is not None:
             _check_cells(rows, given.input, target)
         run = open_runs(given.run, world.device, trusted(given))
-        if given.after is not None and run.config.data.after is None:
-            raise ConfigError(
-                f"--after {given.after!r}: the run was trained on single texts (data.after is null); leave it out"
-            )
-        columns = (given.before or run.config.data.before, given.after or run.config.data.after)
-        examples = to_examples(rows, str(given.input), *columns, run.task.blank)
+        for name, trained in (("after", "on single texts"), ("context", "without context")):
+            if getattr(given, name) is not None and getattr(run.config.data, name) is None:
+                raise ConfigError(
+                    f"--{name} {getattr(given, name)!r}: the run was trained {trained} (data.{name} is null); leave it "
+                    "out"
+                )
+        named = {name: getattr(given, name) for name in TEXTS if getattr(given, name) is not None}
+        data = dataclasses.replace(run.config.data, **named)
+        examples = to_examples(rows, str(given.input), data, run.task.blank)
         started = time.perf_counter()
         scores = run.predict(examples, given.batch_size).probabilities
         seconds = time.perf_counter() - started
@@ -114,25 +120,28 @@ def _check_cells(rows: NumberedRows, source: Path | str, target: Path) -> None:
 def to_examples(
     rows: NumberedRows,
     where: str,
-    before: str,
-    after: str | None,
+    data: DataConfig,
     label: Label = 0,
-    advice: str = "name others with --before and --after",
+    advice: str = "name others with --before, --after and --context",
 ) -> list[Example]:
     """Examples from rows, whose ids are the rows' numbers; their label, which nobody knows, is `label`.
+
+    data: names the columns with their texts.
 
     Raises:
         DataError: for a column that is missing or a cell that is not text; names file, row and column.
     """
     examples = []
     for number, row in rows:
-        texts = []
-        for column in (before, after) if after is not None else (before,):
-            if column not in row:
+        texts: dict[str, Any] = {}
+        for name in TEXTS:
+            column = getattr(data, name)
+            if column is not None and column not in row:
                 known = f"columns: {listed(row)}; {advice}"
                 raise DataError(f"{where}, row {number}: no column {column!r}; {known}")
-            texts.append(as_text(row[column], f"{where}, row {number}, column {column!r}"))
-        examples.append(Example(str(number), texts[0], texts[1] if after is not None else None, label))
+            place = f"{where}, row {number}, column {column!r}"
+            texts[name] = None if column is None else as_text(row[column], place)
+        examples.append(Example(str(number), label=label, **texts))
     return examples
 
 

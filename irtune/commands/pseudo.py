@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from irtune.commands.common import a_path, a_share, add_trust, at_least, check_single, parser, ranks, trusted
-from irtune.commands.predict import to_examples
+from irtune.commands.predict import TEXTS, to_examples
 from irtune.data import check_apart, read_corpus, read_table
 from irtune.distributed import runtime
 from irtune.errors import ConfigError, DataError
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
             run = open_runs(given.runs, world.device, trusted(given))
             data = run.config.data
             check_single(data, "pseudo")
-            examples = to_examples(rows, where, data.before, data.after, advice="rename those with the texts")
+            examples = to_examples(rows, where, data, advice="rename those with the texts")
             for folder in given.runs:
                 check_apart(examples, read_corpus(read_run(folder)[0].data).splits, where)
         probabilities = run.predict(examples, given.batch_size).probabilities
@@ -58,9 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         if world.is_main:
             lines = []
             for row, label, confidence in kept:
-                texts = {data.before: examples[row].before}
-                if data.after is not None:
-                    texts[data.after] = str(examples[row].after)
+                texts = {getattr(data, name): getattr(examples[row], name) for name in TEXTS if getattr(data, name)}
                 lines.append(
                     to_json(texts | {data.label: run.labels[label], "confidence": round(confidence, 6)}) + "\n"
                 )

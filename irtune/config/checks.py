@@ -74,9 +74,11 @@ def _check_data(config: Config) -> list[str]:
         problems.append("data.prompt diff compares two texts, but data.after is null; use plain, or name the column")
     if data.context_words is not None and data.prompt != "diff":
         problems.append(f"data.context_words goes with data.prompt diff, not {data.prompt}; remove it")
-    columns = [column for column in (data.before, data.after, data.label) if column is not None]
+    columns = [column for column in (data.before, data.after, data.label, data.context) if column is not None]
     if len(set(columns)) != len(columns):
-        problems.append(f"data.before, data.after and data.label must be different columns, not {columns}")
+        problems.append(
+            f"data.before, data.after, data.label and data.context must be different columns, not {columns}"
+        )
     if data.synonyms is not None and data.augment == "none":
         problems.append("data.synonyms goes with data.augment eda; remove it, or set data.augment")
     if data.weight is not None and data.weight in columns:
@@ -84,7 +86,7 @@ def _check_data(config: Config) -> list[str]:
     if data.template is not None:
         if data.prompt not in (DataConfig.prompt, "tagged"):  # the default, and what it was when older runs were made
             problems.append(f"data.template takes the place of data.prompt {data.prompt}; remove one of the two")
-        problems += template_problems(data.template, pair=data.after is not None)
+        problems += template_problems(data.template, pair=data.after is not None, context=data.context is not None)
     return problems
 
 

@@ -136,6 +136,9 @@ class DataConfig:
     """Column with the text before the revision (or the only text)."""
     after: str | None = "after"
     """Column with the text after the revision; null for the classification of single texts."""
+    context: str | None = None
+    """Column with text around the revision, such as the sentences before it, which the model reads in front of the
+    texts. They have their tokens first; of the context, the end stays that fits into max_length. Cells may be empty."""
     label: str = "label"
     """Column with the label, the labels or the value."""
     task: Literal["classification", "regression"] = "classification"
@@ -196,7 +199,8 @@ class DataConfig:
     that fits into max_length."""
     template: str | None = None
     """Your own format instead of prompt: a text, or a file with one, that holds {before} and, for pairs, {after} behind
-    it; {labels} is the list of labels, and {{ and }} are braces. A file's text goes into the run's config.yaml."""
+    it, with data.context also {context} in front; {labels} is the list of labels, and {{ and }} are braces. A file's
+    text goes into the run's config.yaml."""
 
 
 @dataclass(kw_only=True)

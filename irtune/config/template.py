@@ -33,19 +33,24 @@ def read_template(value: str) -> tuple[str, list[str]]:
     return text.replace("\r\n", "\n").removesuffix("\n"), []
 
 
-def template_problems(text: str, *, pair: bool) -> list[str]:
-    """What is wrong with a template, one sentence each; `pair`: there is a text after besides the one before."""
+def template_problems(text: str, *, pair: bool, context: bool = False) -> list[str]:
+    """What is wrong with a template, one sentence each.
+
+    pair: there is a text after besides the one before. context: there is one, too (data.context).
+    """
     if len(text) > MAX_CHARACTERS:
         return [f"data.template has {len(text):,} characters; accepted: at most {MAX_CHARACTERS:,}"]
     if "\0" in text:
         return ["data.template holds a NUL character"]
-    accepted = "{before}, {after} and {labels}" if pair else "{before} and {labels}, since data.after is null"
+    wanted = (*(("context",) if context else ()), "before", *(("after",) if pair else ()))
+    accepted = (
+        ", ".join(f"{{{name}}}" for name in wanted) + " and {labels}" + ("" if pair else ", since data.after is null")
+    )
     try:
         fields = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(text)
                   if name is not None]  # fmt: skip
     except ValueError as error:
         return [f"data.template: {error}; write a brace that is text twice: {{{{ or }}}}"]
-    wanted = ("before", "after") if pair else ("before",)
     problems = []
     for name, spec, conversion in fields:
         if name not in (*wanted, "labels") or spec or conversion:
@@ -59,12 +64,13 @@ def template_problems(text: str, *, pair: bool) -> list[str]:
             times = "nowhere" if name not in order else f"{order.count(name)} times"
             problems.append(f"data.template holds {{{name}}} {times}; accepted: once")
     if not problems and tuple(order) != wanted:
-        problems.append("data.template holds {after} before {before}; accepted: {before} first")
+        found, first = (", ".join(f"{{{name}}}" for name in names) for names in (order, wanted))
+        problems.append(f"data.template holds {found} in this order; accepted: {first}")
     return problems
 
 
 def template_pieces(text: str, labels: Sequence[str]) -> list[str]:
-    """The texts before, between and behind {before} and {after} (or {before} alone) of a template without problems."""
+    """The texts before, between and behind {context}, {before} and {after} of a template without problems."""
     pieces = [""]
     for literal, name, _, _ in string.Formatter().parse(text):
         pieces[-1] += literal

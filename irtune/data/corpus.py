@@ -29,7 +29,8 @@ class Example:
     """One revision: a text before, a text after (None for single texts), its label, its document.
 
     label: its number; of other tasks, a tuple of numbers or a value, see `irtune.tasks`.
-    weight: how much it counts in the training loss. pseudo: its label is a prediction (data.pseudo).
+    weight: how much it counts in the training loss. pseudo: its label is a prediction (data.pseudo). context: the text
+    around it (data.context); None without such a column.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Example:
     group: str | None = None
     weight: float = 1.0
     pseudo: bool = False
+    context: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,14 @@ def _pseudo_examples(data: DataConfig, splits: dict[str, list[Example]], index: 
     plain = replace(data, labels=list(index), drop_labels=[], group=None, weight=None)
     where, records = _read_files([Path(str(data.pseudo)).expanduser()], plain)
     examples = [
-        Example(f"pseudo:{record.number}", record.before, record.after, index[record.label], pseudo=True)
+        Example(
+            f"pseudo:{record.number}",
+            record.before,
+            record.after,
+            index[record.label],
+            pseudo=True,
+            context=record.context,
+        )
         for record in records
     ]
     check_apart(examples, splits, f"data.pseudo {where}")
@@ -168,7 +177,17 @@ def _examples(records: list[Record], split: str, where: str, data: DataConfig, i
             raise DataError(f"{where}: id {name!r} in column {data.id!r} appears twice; set data.id to another column")
         seen.add(name)
         label = task.numbered(record.label, index)
-        examples.append(Example(name, record.before, record.after, label, record.group, record.weight))
+        examples.append(
+            Example(
+                name,
+                record.before,
+                record.after,
+                label,
+                record.group,
+                record.weight,
+                context=record.context,
+            )
+        )
     return examples
 
 
@@ -350,4 +369,6 @@ def corpus_digest(corpus: Corpus) -> str:
                 found.update(f"\0weight {one.weight!r}\0".encode())
             if one.pseudo:
                 found.update(b"\0pseudo\0")
+            if one.context is not None:
+                found.update(f"\0context {one.context!r}\0".encode("utf-8", "surrogatepass"))
     return found.hexdigest()

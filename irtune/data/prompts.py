@@ -15,13 +15,17 @@ from irtune.data.corpus import Corpus, Example
 from irtune.data.pair_format import pair_format
 from irtune.errors import ConfigError, DataError
 
-# Pieces of each template around {before} and {after}. The instruction also gets the list of labels.
-TAGGED = ("<old>", "</old>\n<new>", "</new>")
-INSTRUCTION = (
-    "Why was this text revised? Possible intentions: {labels}.\nBefore: ",
-    "\nAfter: ",
-    "\nIntention:",
-)
+# Pieces of each template around {before} and {after}, and what takes the place of the first one where {context} comes
+# before them. The instruction also gets the list of labels.
+QUESTION = "Why was this text revised? Possible intentions: {labels}."
+PIECES = {
+    "tagged": ("<old>", "</old>\n<new>", "</new>"),
+    "instruction": (f"{QUESTION}\nBefore: ", "\nAfter: ", "\nIntention:"),
+}
+WITH_CONTEXT = {
+    "tagged": ("<context>", "</context>\n<old>"),
+    "instruction": (f"{QUESTION}\nContext: ", "\nBefore: "),
+}
 Encoded = dict[str, list[dict[str, list[int]]]]  # by split: what `Encoder.encode` makes of each example
 LEAST_CHARACTERS = 8  # of each edit that are shown, before later edits are
 PAIR_SEPARATOR = "\n"  # for tokenizers without a separator of their own
@@ -56,7 +60,7 @@ class Encoder:
                 characters a token stands for, and `mask` asks.
         """
         self.mask, self.context_words = mask, data.context_words
-        self.has_pair = data.after is not None
+        self.has_pair, self.has_context = data.after is not None, data.context is not None
         self.is_diff = data.prompt == "diff" and data.template is None and self.has_pair
         if mask == "edit_mask" and not tokenizer.is_fast:
             raise ConfigError(
@@ -67,34 +71,45 @@ class Encoder:
         self.max_length = data.max_length
         self.token_types = "token_type_ids" in tokenizer.model_input_names
         self.tail_types: list[int] | None = None  # where they are not those of the text before them
-        self.head, self.middle, self.tail = self._template(data, labels)
-        self.budget = data.max_length - len(self.head) - len(self.middle) - len(self.tail)
+        self.opening, self.head, self.middle, self.tail = self._template(data, labels)
+        self.fixed = len(self.opening) + len(self.head) + len(self.middle) + len(self.tail)
+        self.budget = data.max_length - self.fixed
         if self.budget < 2:
             raise ConfigError(
                 f"data.max_length is {data.max_length}, but "
                 f"{'your template (data.template)' if data.template else f'the {data.prompt} template'} alone takes "
-                f"{data.max_length - self.budget} tokens; accepted: at least {data.max_length - self.budget + 2}"
+                f"{self.fixed} tokens; accepted: at least {self.fixed + 2}"
             )
 
-    def _template(self, data: DataConfig, labels: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
-        """Token ids before, between and after the texts."""
-        prompt = data.prompt
+    def _template(self, data: DataConfig, labels: Sequence[str]) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Token ids before the context (none where there is none), before, between and after the texts."""
         start, end = self._specials()
-        if data.template is not None:
-            own = [self._ids(piece) for piece in template_pieces(data.template, labels)]
-            return start + own[0], own[1] if self.has_pair else [], own[-1] + end
-        if not self.has_pair or self.is_diff:
-            return start, [], end
-        if prompt == "plain":
+        separator = self.tokenizer.sep_token_id
+        between = [separator] if separator is not None else self._ids(PAIR_SEPARATOR)
+        written = self._written(data, labels)
+        around = [self._ids(piece) for piece in written or ("", "")]
+        if not written and self.has_pair and not self.is_diff:
+            around = [[], between, []]
             pair = pair_format(self.tokenizer, self._ids)
             if pair is not None:
                 self.tail_types = pair.tail_types
-                return pair.head, pair.middle, pair.tail
-            separator = self.tokenizer.sep_token_id
-            return start, [separator] if separator is not None else self._ids(PAIR_SEPARATOR), end
-        pieces = TAGGED if prompt == "tagged" else INSTRUCTION
-        head, middle, tail = (self._ids(piece.format(labels=", ".join(labels))) for piece in pieces)
-        return start + head, middle, tail + end
+                start, around, end = pair.head, [[], pair.middle, []], pair.tail
+        if not written and self.has_context:
+            around.insert(1, between)
+        around = [start + around[0], *around[1:-1], around[-1] + end]
+        opening = around.pop(0) if self.has_context else []
+        return opening, around[0], around[1] if len(around) > 2 else [], around[-1]
+
+    def _written(self, data: DataConfig, labels: Sequence[str]) -> Sequence[str]:
+        """The pieces of text before, between and behind context and texts; none where only separators are there."""
+        if data.template is not None:
+            return template_pieces(data.template, labels)
+        if not self.has_pair or data.prompt not in PIECES:
+            return ()
+        pieces: tuple[str, ...] = PIECES[data.prompt]
+        if self.has_context:
+            pieces = (*WITH_CONTEXT[data.prompt], *pieces[1:])
+        return [piece.format(labels=", ".join(labels)) for piece in pieces]
 
     def _specials(self) -> tuple[list[int], list[int]]:
         """Special tokens that the tokenizer puts before and after one text."""
@@ -111,10 +126,17 @@ class Encoder:
 
     def length(self, example: Example) -> int:
         """Tokens of one example before anything is shortened."""
-        fixed = len(self.head) + len(self.middle) + len(self.tail)
+        fixed = self.fixed + (len(self._ids(example.context or "")) if self.has_context else 0)
         if self.is_diff:
             return fixed + len(self._ids(diff.render(self._pieces(example)).text))
         return fixed + len(self._ids(example.before)) + len(self._ids(example.after or ""))
+
+    def _front(self, example: Example, used: int) -> list[int]:
+        """What comes before the texts, which take `used` tokens: their context has the rest, and loses its start."""
+        if not self.has_context:
+            return self.head
+        context = self._ids(example.context or "")
+        return self.opening + context[max(0, len(context) - (self.budget - used)) :] + self.head
 
     def encode(self, example: Example) -> dict[str, list[int]]:
         """Token ids of one example; token types 0/1 where the tokenizer has them; where it was asked for, edit_mask
@@ -128,7 +150,8 @@ class Encoder:
         before = self._ids(example.before)
         after = self._ids(example.after) if example.after is not None else []
         before, after = shorten(before, after, self.budget)
-        first, second = self.head + before + self.middle, after + self.tail
+        front = self._front(example, len(before) + len(after))
+        first, second = front + before + self.middle, after + self.tail
         if not first + second:
             raise DataError(f"example {example.id!r} has no text: the model would see nothing at all")
         encoded = {"input_ids": first + second}
@@ -139,7 +162,7 @@ class Encoder:
                 types[len(types) - len(self.tail_types) :] = self.tail_types
             encoded["token_type_ids"] = types
         if self.mask == "side_mask":
-            sides = [0] * len(self.head) + [1] * len(before) + [0] * len(self.middle) + [2] * len(after)
+            sides = [0] * len(front) + [1] * len(before) + [0] * len(self.middle) + [2] * len(after)
             encoded["side_mask"] = sides + [0] * len(self.tail)
         return encoded
 
@@ -160,6 +183,7 @@ class Encoder:
         found = hashlib.sha256(type(tokenizer).__name__.encode())
         around = [self.head, self.middle, self.tail, self.budget, self.token_types, self.has_pair]
         around += [self.tail_types] if self.tail_types is not None else []
+        around += [self.opening] if self.has_context else []
         if self.is_diff:
             around += [*diff.DEFAULT.all(), self.context_words, self.mask is not None]
         found.update(json.dumps(around).encode())
@@ -191,7 +215,9 @@ class Encoder:
             return_offsets_mapping=self.mask is not None,
             verbose=False,
         )
-        ids = self.head + found["input_ids"][: self.budget] + self.tail
+        marked_ids = found["input_ids"][: self.budget]
+        front = self._front(example, len(marked_ids))
+        ids = front + marked_ids + self.tail
         if not ids:
             raise DataError(f"example {example.id!r} has no text: the model would see nothing at all")
         encoded = {"input_ids": ids}
@@ -202,7 +228,7 @@ class Encoder:
             for start, end in marked.edits:
                 inside[start:end] = b"\1" * (end - start)
             mask = [int(1 in inside[start:end]) for start, end in found["offset_mapping"][: self.budget]]
-            encoded["edit_mask"] = [0] * len(self.head) + mask + [0] * len(self.tail)
+            encoded["edit_mask"] = [0] * len(front) + mask + [0] * len(self.tail)
         return encoded
 
     def _fits(self, pieces: Sequence[diff.Piece]) -> bool:

@@ -79,9 +79,9 @@ def open_runs(folders: Sequence[Path], device: torch.device, trusted: Collection
                 f"{folder} predicts {WORDS[task_name(config.data)]}, and {folders[0]} {WORDS[task_name(first.data)]}; "
                 "accepted: runs of the same task"
             )
-        if (config.data.after is None) != (first.data.after is None):
-            raise RunError(
-                f"one of {folder} and {folders[0]} reads pairs and the other single texts (data.after); accepted: runs "
-                "that read the same"
-            )
+        for name, kinds in (("after", "pairs and the other single texts"), ("context", "context and the other none")):
+            if (getattr(config.data, name) is None) != (getattr(first.data, name) is None):
+                raise RunError(
+                    f"one of {folder} and {folders[0]} reads {kinds} (data.{name}); accepted: runs that read the same"
+                )
     return Ensemble(tuple(folders), first, labels, device, tuple(trusted), task)

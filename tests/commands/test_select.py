@@ -9,6 +9,7 @@ import torch
 from irtune.cli import main
 from irtune.commands.data import select as command
 from irtune.commands.predict import to_examples
+from irtune.config.schema import DataConfig
 from irtune.data import read_corpus
 from irtune.data.synthetic import synthetic_pairs
 from irtune.errors import RunError
@@ -49,7 +50,7 @@ def rows_of(file):
 
 def loaded(run, pool):
     run = load_run(run, torch.device("cpu"))
-    return run, to_examples(list(enumerate(rows_of(pool), 1)), "pool", "before", "after")
+    return run, to_examples(list(enumerate(rows_of(pool), 1)), "pool", DataConfig())
 
 
 @pytest.mark.parametrize("options", [{}, {"model__pooling": "mean", "model__head": "mlp"}], ids=["class", "mean"])

@@ -43,7 +43,7 @@ def stand_in(*, pairs: bool = True, sizes: list[int] | None = None):
         part = torch.tensor([len(text) / 100 for text in texts])
         return SimpleNamespace(probabilities=torch.stack([1 - part, part], 1))
 
-    data = SimpleNamespace(after="after" if pairs else None, max_length=64)
+    data = SimpleNamespace(after="after" if pairs else None, context=None, max_length=64)
     config = SimpleNamespace(
         data=data, model=SimpleNamespace(name_or_path="base"), adapter=SimpleNamespace(type="lora")
     )

@@ -52,6 +52,17 @@ def test_a_plain_pair_is_written_as_the_tokenizer_itself_does(kind):
     assert len(long) == 16 and long == own("a b " * ((15 - fixed) // 2) + "a " * ((15 - fixed) % 2), "c")["input_ids"]
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_a_context_belongs_to_the_first_text_of_a_plain_pair(kind):
+    templates, options = OWN[kind]
+    own = tokenizer(*templates, **options)
+    encoder = Encoder(own, DataConfig(prompt="plain", max_length=16, context="around"), LABELS)
+    wanted = own(f"d d {own.sep_token} a b", "c d")
+    found = encoder.encode(Example("1", "a b", "c d", 0, context="d d"))
+    assert found["input_ids"] == wanted["input_ids"]
+    assert found.get("token_type_ids") == wanted.get("token_type_ids")
+
+
 @pytest.mark.parametrize(
     ("templates", "special", "wanted"),
     [
@@ -114,7 +125,7 @@ BAD = {
     "{before}": ("{after} nowhere; accepted: once",),
     "{after} {labels}": ("{before} nowhere",),
     "{before} {before} {after}": ("{before} 2 times; accepted: once",),
-    "{after} then {before}": ("{after} before {before}; accepted: {before} first",),
+    "{after} then {before}": ("{after}, {before} in this order; accepted: {before}, {after}",),
     "{before} {} {after}": ("holds {}; accepted: {before}, {after} and {labels}",),
     "{before} {0} {after}": ("holds {0}",),
     "{before!r} {after}": ("holds {before!r}",),

@@ -204,6 +204,7 @@ def _write(folder: Path, rows: list[dict[str, Any]], kept: Tables, data: DataCon
                 data.id: _name(record, split),
                 data.before: record.before,
                 data.after: record.after,
+                data.context: record.context,
                 data.label: record.raw,
                 data.group: record.group,
                 data.weight: record.weight,

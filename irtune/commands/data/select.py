@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
             if given.target is not None:
                 data = dataclasses.replace(data, path=given.target, config=None, train=None, dev=None, test=None)
             corpus = read_corpus(data)
-            candidates = to_examples(rows, where, data.before, data.after, advice="rename those with the texts")
+            candidates = to_examples(rows, where, data, advice="rename those with the texts")
             check_apart(candidates, corpus.splits, where)
         if given.method == "got-d":
             scores = got_d(run, corpus.splits["train"], candidates, given.batch_size, given.epsilon or EPSILON)

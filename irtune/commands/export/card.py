@@ -73,7 +73,7 @@ def model_card(
         code = _onnx_code(config, labels, encoder)
     elif task.name != "single_label":
         code = _irtune_code(config)
-    elif pooled and merged and encoder.mask == "edit_mask":
+    elif pooled and merged and encoder.mask == "edit_mask" and not encoder.has_context:
         code = _pooled_code(config.model, labels)
     elif (merged or peft) and not pooled and _is_simple(encoder):
         code = _transformers_code(config, labels, encoder, merged=merged, padding_side=padding_side)
@@ -116,7 +116,7 @@ def model_card(
 
 def _is_simple(encoder: Encoder) -> bool:
     """Whether the code of `_transformers_code` makes all that the encoder makes."""
-    if encoder.mask is not None:
+    if encoder.mask is not None or encoder.has_context:
         return False
     for before, after in PAIRS:
         example = Example("1", before if encoder.has_pair else before + "a", after if encoder.has_pair else None, 0)
@@ -184,7 +184,7 @@ def _onnx_code(config: Config, labels: Sequence[str], encoder: Encoder) -> str:
         "multi_label": ["print([[name for name, value in zip(LABELS, row) if value > 0] for row in logits])"],
         "regression": ["print(logits[:, 0])"],
     }[task_of(config.data).name]
-    if encoder.is_diff:
+    if encoder.is_diff and not encoder.has_context:
         edits = ['batch["edit_mask"] = np.array([edits], dtype=np.int64)'] if encoder.mask else []
         return "\n".join(["import re", "", *start, *_marked("batch", "np"), *edits, run, *show])
     if not _is_simple(encoder):
@@ -270,7 +270,7 @@ def _encode_text() -> list[str]:
 def _irtune_code(config: Config) -> str:
     """Code for what only irtune can load, or decide."""
     task = task_of(config.data)
-    pair = config.data.after is not None
+    pair, more_text = config.data.after is not None, ", context=CONTEXT" if config.data.context is not None else ""
     trust = [risk for risk in ("trust_remote_code", "allow_pickle") if getattr(config.model, risk)]
     more = f", trusted={trust!r}" if trust else ""
     return "\n".join([
@@ -281,8 +281,9 @@ def _irtune_code(config: Config) -> str:
         "from irtune.evaluation.saved_run import load_run",
         "",
         f'run = load_run(Path("{FOLDER}"), torch.device("cpu"){more})',
+        *(['CONTEXT = "What is around the text."'] if more_text else []),
         *_examples(pair),
-        f"rows = [Example(str(number), {'*example' if pair else 'example[0], None'}, {task.blank!r}) "
+        f"rows = [Example(str(number), {'*example' if pair else 'example[0], None'}, {task.blank!r}{more_text}) "
         "for number, example in enumerate(examples)]",
         "probabilities = run.predict(rows, batch_size=16).probabilities",
         "for example, row in zip(examples, probabilities):",

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,8 +122,7 @@ def build_app(run: LoadedRun, limits: Limits) -> FastAPI:
     @app.post("/predict")
     async def predict(request: Request) -> dict[str, Any]:
         content = await _body(request, limits.size)
-        pairs = run.config.data.after is not None
-        examples = read_examples(content, pairs=pairs, limits=limits, blank=run.task.blank)
+        examples = read_examples(content, names=text_names(run), limits=limits, blank=run.task.blank)
         return {"predictions": [run.task.written(row, run.labels) for row in await batcher.predict(examples)]}
 
     return app
@@ -133,6 +132,8 @@ def model_facts(run: LoadedRun, limits: Limits) -> dict[str, Any]:
     """What the model is, how good it was, and what a request may hold."""
     config = run.config
     pair = config.data.after is not None
+    shown = {"before": "I has a cat.", "after": "I have a cat.", "context": "I live alone."}
+    example: Any = {name: shown[name] for name in text_names(run)}
     return {
         "run": run.folder.resolve().name,
         "base_model": config.model.name_or_path,
@@ -140,7 +141,7 @@ def model_facts(run: LoadedRun, limits: Limits) -> dict[str, Any]:
         "task": "pairs of texts" if pair else "single texts",
         "labels": run.labels,
         "dev": {name: run.results["dev"].get(name) for name in (*run.task.headline, "examples")},
-        "example": {"texts": [{"before": "I has a cat.", "after": "I have a cat."} if pair else "I have a cat."]},
+        "example": {"texts": [example or "I have a cat."]},
         "limits": {"texts": limits.texts, "bytes": limits.size, "tokens": config.data.max_length},
         "versions": run.results.get("versions", {}) | {"irtune_here": __version__},
     }
@@ -156,13 +157,20 @@ async def _body(request: Request, most: int) -> bytes:
     return content
 
 
-def read_examples(content: bytes, *, pairs: bool, limits: Limits, blank: Label) -> list[Example]:
-    """The examples of a request, with the label `blank`.
+def text_names(run: LoadedRun) -> list[str]:
+    """The keys of a request's texts; none where a text is all there is."""
+    data = run.config.data
+    names = [name for name in ("after", "context") if getattr(data, name) is not None]
+    return ["before", *names] if names else []
+
+
+def read_examples(content: bytes, *, names: Sequence[str], limits: Limits, blank: Label) -> list[Example]:
+    """The examples of a request, with the label `blank`. names: as `text_names` gives them.
 
     Raises:
         RequestError: 413 for too many texts or one that is too long, 422 for anything else that is not as it should be.
     """
-    form = 'an object such as {"before": "...", "after": "..."}' if pairs else "a text"
+    form = f"an object such as {json.dumps(dict.fromkeys(names, '...'))}" if names else "a text"
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
@@ -174,16 +182,17 @@ def read_examples(content: bytes, *, pairs: bool, limits: Limits, blank: Label) 
         raise RequestError(413, f"the request has {len(texts):,} texts; accepted: up to {limits.texts:,}")
     examples = []
     for number, item in enumerate(texts):
-        parts = [item]
-        if pairs:
-            parts = [item.get(name) for name in ("before", "after")] if isinstance(item, dict) else [None]
-        written: list[str] = [part for part in parts if isinstance(part, str)]
+        parts = {"before": item}
+        if names:
+            parts = {name: item.get(name) for name in names} if isinstance(item, dict) else {"before": None}
+        written = {name: part for name, part in parts.items() if isinstance(part, str)}
         if len(written) < len(parts):
             raise RequestError(422, f"texts[{number}] is {brief(item)}; accepted: {form}")
-        if any("\ud800" <= character <= "\udfff" for text in written for character in text):
+        if any("\ud800" <= character <= "\udfff" for text in written.values() for character in text):
             raise RequestError(422, f"texts[{number}] has half a character (a surrogate of UTF-16 without the other)")
-        longest = max(map(len, written))
+        longest = max(map(len, written.values()))
         if longest > CHARACTERS:
             raise RequestError(413, f"texts[{number}] has {longest:,} characters; accepted: up to {CHARACTERS:,}")
-        examples.append(Example(str(number), written[0], written[1] if pairs else None, blank))
+        texts = (written["before"], written.get("after"))
+        examples.append(Example(str(number), *texts, blank, context=written.get("context")))
     return examples

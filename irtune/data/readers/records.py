@@ -27,6 +27,7 @@ class Record:
     label: Any
     group: str | None
     weight: float = 1.0
+    context: str | None = None
 
 
 class UnlabelledError(DataError):
@@ -38,7 +39,7 @@ class RecordReader:
 
     def __init__(self, where: str, data: DataConfig):
         self.where, self.data, self.task = where, data, task_of(data)
-        columns = (data.before, data.after, data.label, data.group, data.weight)
+        columns = (data.before, data.after, data.label, data.group, data.weight, data.context)
         self.needed = [name for name in columns if name is not None]
         self.hidden: list[int] = []
         self._labels: dict[str, str] = {}  # raw labels that were checked, and their names
@@ -117,6 +118,7 @@ class RecordReader:
             label=label,
             group=None if data.group is None else as_name(row[data.group], place(data.group), "document", "data.group"),
             weight=1.0 if data.weight is None else as_weight(row[data.weight], place(data.weight)),
+            context=None if data.context is None else as_text(row[data.context], place(data.context)),
         )
 
     def _label(self, value: object, place: str) -> tuple[str, str]:

@@ -30,7 +30,6 @@ NAMES = {
     "g": "Trainer + peft,\neager attention",
     "h": "irtune ir,\npadding-free",
 }
-SAME = ("device", "model", "adapter", "batch", "arguments", "threads", "ranks", "steps")
 
 
 def setting(job: dict[str, Any], config: Config, world: World, setup: RunSetup) -> dict[str, Any]:

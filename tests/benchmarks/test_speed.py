@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.speed import __main__ as speed
+from benchmarks.speed import before_after
 from benchmarks.speed import report as speed_report
 from benchmarks.speed import worker as speed_worker
 from benchmarks.speed.matrix_products import LinearShape, Matrices, ModelShape, Step, flops, products, shape_of
@@ -297,3 +299,43 @@ def test_mistakes_are_told(arguments, sentence, monkeypatch, capsys):
         status = stop.code
     assert status == 2
     assert sentence in capsys.readouterr().err
+
+
+# ----- before and after -----
+
+
+def _result(**rates: Sequence[float]) -> dict[str, Any]:
+    return {"sides": {side: {"rounds": [{"examples_per_second": one} for one in each]} for side, each in rates.items()}}
+
+
+@pytest.mark.quick
+def test_a_side_that_became_slower_beside_its_peers_is_named():
+    before = before_after.rounds([_result(a=[6, 8, 7], c=[4, 5, 4]), _result(a=[3.1], c=[2])])
+    assert before == {"a/c": [1.5, 1.6, 1.75, 1.55]}
+    text, slower = before_after.table(before, {"a/c": [1.5], "a/g": [1.0]})
+    assert text.endswith("| a/c | 1.575 | 1.500 | -4.8% |  |") and not slower
+    text, slower = before_after.table(before, {"a/c": [1.45, 1.0, 3.0]})
+    assert text.endswith("| a/c | 1.575 | 1.450 | -7.9% | slower |") and slower
+
+
+def _worktrees() -> str:
+    return subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.quick
+def test_before_and_after_are_measured_by_turns(tmp_path, monkeypatch, capsys):
+    if not (ROOT / ".git").exists():
+        pytest.skip("the sources are not in a git repository")
+    trees, worktrees = [], _worktrees()
+
+    def measured(tree, output, options):
+        trees.append((tree == ROOT, (tree / "train.py").is_file(), options))
+        return _result(a=[2.0 if tree == ROOT else 1.0], c=[1.0])
+
+    monkeypatch.setattr(before_after, "measure", measured)
+    assert before_after.main(["HEAD", "--sides", "ac"]) == 0
+    assert trees == [(False, True, ["--sides", "ac"]), (True, True, ["--sides", "ac"])] * before_after.TURNS
+    assert "| a/c | 1.000 | 2.000 | +100.0% |  |" in capsys.readouterr().out
+    assert before_after.main(["no-such-commit"]) == 2 and "'no-such-commit' cannot be" in capsys.readouterr().err
+    assert before_after.main(["--sides", "ac"]) == 2 and "name the commit" in capsys.readouterr().err
+    assert _worktrees() == worktrees

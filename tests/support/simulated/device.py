@@ -225,6 +225,18 @@ def _copied(tensor, memo):
 
 torch.Tensor.__deepcopy__ = _copied  # type: ignore[method-assign]  # storages of this device cannot be made in Python
 
+_sparse = torch.sparse_coo_tensor
+
+
+def _filled(indices, values, size=None, **options):
+    """A matrix with `values` at `indices`: this device has no sparse tensors, and a dense one adds up alike."""
+    if not getattr(values, "is_cuda", False):
+        return _sparse(indices, values, size, **options)
+    return values.new_zeros(size).index_put(tuple(indices.long()), values, accumulate=True)
+
+
+torch.sparse_coo_tensor = _filled
+
 
 @contextlib.contextmanager
 def quietly():

@@ -22,7 +22,7 @@ from irtune.config.keys import SECTIONS, known_keys
 from irtune.config.load import load_config
 from irtune.config.presets import MODELS
 from irtune.data.corpus import SPLITS
-from irtune.data.prompts import INSTRUCTION, PAIR_SEPARATOR, TAGGED
+from irtune.data.prompts import PAIR_SEPARATOR, PIECES
 from irtune.data.readers.tables import SUFFIXES
 from tests.documents.test_architecture import LEVEL
 from tests.support import ROOT
@@ -217,12 +217,12 @@ def test_the_page_of_data_formats_has_every_ending_split_and_prompt():
     assert all(f"`{suffix}`" in text for suffix in SUFFIXES)
     assert all(f"`{stem}`" in text for stems in SPLITS.values() for stem in stems)
     before, after, labels = "He go home.", "He goes home.", "clarity, fluency, coherence"
-    head, middle, tail = INSTRUCTION
+    (head, middle, tail), tagged = PIECES["instruction"], PIECES["tagged"]
     seen = (
-        f"{TAGGED[0]}{before}{TAGGED[1]}{after}{TAGGED[2]}",
+        f"{tagged[0]}{before}{tagged[1]}{after}{tagged[2]}",
         f"{head.format(labels=labels)}{before}{middle}{after}{tail}",
         f"{before}{PAIR_SEPARATOR}{after}",
-        f"{TAGGED[0]}{TAGGED[1]}It was late.{TAGGED[2]}",
+        f"{tagged[0]}{tagged[1]}It was late.{tagged[2]}",
     )
     blocks = [content for _, content in BLOCK.findall(text)]
     assert all(f"{example}\n" in blocks for example in seen)

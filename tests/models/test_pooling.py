@@ -31,6 +31,7 @@ from tests.support.finished import finished_run
 from tests.support.ranks import run_ranks
 from tests.support.runs import launch, losses
 
+CROSS = {"model__head": "cross", "model__pooling": "mean", "data__prompt": "tagged"}
 KINDS = ("last", "mean", "edit", "mean+edit", "last+edit")
 STATES = torch.arange(16.0).view(2, 4, 2)  # row 0: [0 1] [2 3] [4 5] [6 7]; row 1: [8 9] [10 11] [12 13] [14 15]
 SEEN = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
@@ -352,11 +353,21 @@ def test_every_stage_computes_the_same_with_a_head_of_irtune(bpe, corpus, tmp_pa
     assert found[1] == pytest.approx(found[0], abs=1e-4) and found[2] == pytest.approx(found[0], abs=1e-4)
 
 
+def test_a_head_that_compares_sides_computes_the_same_on_any_number_of_ranks(bpe, corpus, tmp_path):
+    found = []
+    for stage, world in ((0, 1), (2, 2), (3, 2)):
+        more = {"tuning__method": "ir", "optim__max_steps": 4, "optim__gradient_accumulation_steps": 2 // world}
+        found.append(losses(launch(config_of(bpe, corpus, tmp_path / f"stage{stage}", stage, **more, **CROSS), world)))
+    assert len(set(found[0])) > 1
+    assert found[1] == pytest.approx(found[0], abs=1e-4) and found[2] == pytest.approx(found[0], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "more",
     [
         {"model__quantization": "nf4", "model__dtype": "bfloat16", "model__gradient_checkpointing": True},
         {"optim__micro_batch_tokens": 160, "adapter__type": "none", "adapter__dtype": "model"},
+        CROSS,
     ],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(bpe, corpus, tmp_path, more):

@@ -203,6 +203,16 @@ def _check_model(config: Config) -> list[str]:
         )
     if config.model.head_init is not None:
         problems += _check_head_init(config.model)
+    kind = adapter_kinds().get(config.adapter.type)
+    if config.model.restart_layers and kind is not None and not kind.pretrained:
+        problems.append(
+            f"model.restart_layers {config.model.restart_layers}: random weights would never train under adapter.type "
+            f"{config.adapter.type}; set adapter.type to none, or model.restart_layers to 0"
+        )
+    if config.model.restart_layers and config.model.start_from is not None:
+        problems.append(
+            "model.restart_layers and model.start_from both set the start of the layers; remove one of the two"
+        )
     if config.model.head == "cross":
         problems += _check_cross(config)
     elif config.model.head != "linear" and config.model.pooling == "class":

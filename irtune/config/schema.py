@@ -25,6 +25,9 @@ class ModelConfig:
     """YAML file {label: {term: score}}, such as `python -m irtune data terms` proposes: each row of the head starts as
     the mean of the rows that the language model's head has for the terms, times their scores, so that a decoder with
     data.prompt instruction predicts before any training. Not for encoders. null: a random head, or zeros."""
+    restart_layers: Annotated[int, Range(0)] = 0
+    """Last layers that start from random weights instead of pretrained ones, the same in every run. Only where the
+    layers' own weights train (adapter.type none)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the base weights and of the computation."""
     quantization: Literal["none", "nf4", "int8"] = "none"

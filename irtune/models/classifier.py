@@ -29,6 +29,7 @@ from irtune.models.head import fit_head, set_labels
 from irtune.models.kernels import attention_kernel, shorten_on_cpus, track_padding
 from irtune.models.padding import suit_pooling
 from irtune.models.pooling import add_pooling, check_pooling
+from irtune.models.restart import restart_layers
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,7 +80,7 @@ def load_classifier(
         problem_type: in transformers' words; of regression, the one label is the name of the value.
 
     Raises:
-        ConfigError: when the tokenizer does not fit `config.pooling`.
+        ConfigError: when the tokenizer does not fit `config.pooling`, or there are fewer layers than start anew.
         ModelError: when there is no such model, it has no tokenizer, no list of layers can be found in it, its weights
             are not all there, are pickles without `model.allow_pickle`, or are quantised already.
     """
@@ -118,6 +119,8 @@ def load_classifier(
     model.name_or_path = model.config.name_or_path = name
     random = _random(info)
     anatomy = _checked_anatomy(source, model, info)
+    if config.restart_layers:
+        restart_layers(model, anatomy.layers, skeleton, config.restart_layers)
     heads = [model.get_submodule(part) for part in anatomy.head]
     if sharded is not None:
         make_whole(heads)

@@ -108,8 +108,8 @@ def _describe(
     (target / "README.md").write_text(card, encoding="utf-8")
     corpus = Path(config.data.path or config.data.train or "corpus").name or "corpus"
     model = dataclasses.replace(config.model, start_from=None)  # a start, and not needed to predict
-    if merged:  # the update was added in fp32
-        model = dataclasses.replace(model, dtype="float32", quantization="none")
+    if merged:  # the update was added in fp32; layers that started anew are among the weights
+        model = dataclasses.replace(model, dtype="float32", quantization="none", restart_layers=0)
     exported = Config(
         model=model,
         adapter=config.adapter,

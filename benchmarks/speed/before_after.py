@@ -2,12 +2,14 @@
 
     IRTUNE_DATA=FOLDER python -m benchmarks.speed.before_after COMMIT --sides acg --rounds 3 --steps 6
 
-COMMIT is checked out into a temporary worktree. What follows it goes to both benchmarks; irtune's options must be known
-to both. Only ratios are compared, since examples per second drift with the machine: sides c, d and g are of other
-packages and the same code in both. Exit status 1: a ratio of side a or b to c, d or g fell by more than 5 %.
+COMMIT is checked out into a temporary worktree. What follows it goes to both benchmarks, after this tree's recipe;
+irtune's options must be known to both, and paths be absolute. Only ratios are compared, since examples per second drift
+with the machine: sides c, d and g are other packages, as each tree calls them. Exit status 1: a ratio of side a, b or h
+to one of them fell by more than 5 %.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TURNS = 2  # of each tree
-QUIET = ("--evaluated", "0", "--starts", "0")
+SAME = ("--recipe", str(ROOT / "benchmarks/speed/recipe.yaml"), "--evaluated", "0", "--starts", "0")
+PLACES = ("IRTUNE_DATA", "IRTUNE_CACHE")
 TOLERANCE = 0.05
 OURS, PEERS = "abh", "cdg"
 
@@ -47,7 +50,11 @@ def main(arguments: Sequence[str]) -> int:
             return 2
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
-    text, slower = table(*(rounds(results) for results in found.values()))
+    before, after = (rounds(results) for results in found.values())
+    if not before.keys() & after.keys():
+        sys.stderr.write(f"error: no ratio to compare; --sides needs one of {OURS} and one of {PEERS}\n")
+        return 2
+    text, slower = table(before, after)
     sys.stdout.write(f"{text}\n")
     return int(slower)
 
@@ -60,7 +67,9 @@ def measure(tree: Path, output: Path, options: Sequence[str]) -> dict[str, Any]:
     """
     now = (tree / "benchmarks" / "speed" / "__main__.py").is_file()
     program = ["-m", "benchmarks.speed"] if now else ["benchmarks/speed.py"]
-    subprocess.run([sys.executable, *program, *QUIET, *options, "--output", str(output)], cwd=tree, check=True)
+    places = {name: str(Path(os.environ[name]).expanduser().resolve()) for name in PLACES if name in os.environ}
+    command = [sys.executable, *program, *SAME, *options, "--output", str(output)]
+    subprocess.run(command, cwd=tree, env=os.environ | places, check=True)
     return json.loads(output.read_text(encoding="utf-8"))
 
 

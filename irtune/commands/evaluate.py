@@ -87,6 +87,7 @@ def evaluate(run: LoadedRun | Ensemble, examples: Sequence[Example], predictions
                 task.mistake: round(float(confidence[i]), 4),
                 "before": examples[i].before,
                 "after": examples[i].after,
+                **({"context": examples[i].context} if examples[i].context is not None else {}),
             }
             for i in order[:MISTAKES]
         ],

@@ -122,22 +122,24 @@ def to_examples(
     where: str,
     data: DataConfig,
     label: Label = 0,
-    advice: str = "name others with --before, --after and --context",
+    advice: str = "",
 ) -> list[Example]:
     """Examples from rows, whose ids are the rows' numbers; their label, which nobody knows, is `label`.
 
-    data: names the columns with their texts.
+    data: names the columns with their texts. advice: what to do about one that is missing; "": name another on the
+    command line.
 
     Raises:
         DataError: for a column that is missing or a cell that is not text; names file, row and column.
     """
+    options = ", ".join(f"--{name}" for name in TEXTS if getattr(data, name) is not None)
     examples = []
     for number, row in rows:
         texts: dict[str, Any] = {}
         for name in TEXTS:
             column = getattr(data, name)
             if column is not None and column not in row:
-                known = f"columns: {listed(row)}; {advice}"
+                known = f"columns: {listed(row)}; {advice or f'name others with {options}'}"
                 raise DataError(f"{where}, row {number}: no column {column!r}; {known}")
             place = f"{where}, row {number}, column {column!r}"
             texts[name] = None if column is None else as_text(row[column], place)

@@ -193,7 +193,7 @@ def _warnings(corpus: Corpus, at_limit: int, steps: int, config: Config) -> list
     if at_limit:
         share = at_limit / len(corpus.splits["train"])
         warnings.append(f"{at_limit} training examples ({share:.1%}) reach data.max_length {config.data.max_length} "
-                        "and may be shortened")  # fmt: skip
+                        f"and may be shortened{', their context first' if config.data.context else ''}")  # fmt: skip
     if warmup_length(config.optim, steps) >= steps:
         given = "warmup_steps" if config.optim.warmup_fraction is None else "warmup_fraction"
         warnings.append(f"optim.{given} ({getattr(config.optim, given)}) lasts for all {steps} steps")

@@ -83,6 +83,8 @@ def _check_data(config: Config) -> list[str]:
         problems.append("data.synonyms goes with data.augment eda; remove it, or set data.augment")
     if data.weight is not None and data.weight in columns:
         problems.append(f"data.weight is {data.weight!r}, a column that is a text or the label already")
+    if data.id == data.context:
+        problems.append(f"data.id is {data.id!r}, the column of data.context already")
     if data.template is not None:
         if data.prompt not in (DataConfig.prompt, "tagged"):  # the default, and what it was when older runs were made
             problems.append(f"data.template takes the place of data.prompt {data.prompt}; remove one of the two")

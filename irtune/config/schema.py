@@ -141,7 +141,8 @@ class DataConfig:
     """Column with the text after the revision; null for the classification of single texts."""
     context: str | None = None
     """Column with text around the revision, such as the sentences before it, which the model reads in front of the
-    texts. They have their tokens first; of the context, the end stays that fits into max_length. Cells may be empty."""
+    texts. The texts get their tokens first; of the context, as much of the end is kept as still fits into max_length.
+    Cells may be empty."""
     label: str = "label"
     """Column with the label, the labels or the value."""
     task: Literal["classification", "regression"] = "classification"
@@ -191,8 +192,8 @@ class DataConfig:
     settings that need padding are named, and get it. auto: on CPUs, where it has been measured, and not with
     optim.micro_batch_tokens; a run that is resumed goes on as it began."""
     max_length: Annotated[int, Range(16)] = 256
-    """Longest input in tokens. The longer of the two texts is shortened first, of a diff the unchanged text furthest
-    from the edits; the template is never cut."""
+    """Longest input in tokens. A context is cut first, then the longer of the two texts, of a diff the unchanged text
+    furthest from the edits; the template is never cut."""
     prompt: Literal["plain", "instruction", "tagged", "diff"] = "diff"
     """How a pair is written: plain pair, instruction with the list of labels, <old>...</old><new>...</new>, or diff:
     unchanged words once, edits marked at their place, as in `the [-blue-]{+red+} house`. Single texts, for which plain

@@ -55,9 +55,8 @@ def template_problems(text: str, *, pair: bool, context: bool = False) -> list[s
     for name, spec, conversion in fields:
         if name not in (*wanted, "labels") or spec or conversion:
             shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            problems.append(
-                f"data.template holds {{{shown[:100]}}}; accepted: {accepted} (a brace that is text is written twice)"
-            )
+            hint = "{context} needs data.context" if name == "context" else "a brace that is text is written twice"
+            problems.append(f"data.template holds {{{shown[:100]}}}; accepted: {accepted} ({hint})")
     order = [name for name, _, _ in fields if name in wanted]
     for name in wanted:
         if order.count(name) != 1:

@@ -235,7 +235,7 @@ class Encoder:
         return len(self._ids(diff.render(pieces).text)) <= self.budget
 
     def _shortened(self, pieces: list[diff.Piece]) -> list[diff.Piece]:
-        """Pieces whose text fits, but for very many edits: context goes first, then the ends of long edits."""
+        """Pieces whose text fits, but for very many edits: unchanged text goes first, then the ends of long edits."""
         edits = [place for place, piece in enumerate(pieces) if piece.kind != "="]
         if not edits:
             return pieces  # its end is cut

@@ -323,6 +323,26 @@ def _worktrees() -> str:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("now", [True, False])
+def test_the_benchmark_of_each_tree_is_called_as_it_was_then(tmp_path, monkeypatch, now):
+    (tmp_path / "benchmarks/speed").mkdir(parents=True)
+    if now:
+        (tmp_path / "benchmarks/speed/__main__.py").touch()
+    monkeypatch.setenv("IRTUNE_DATA", "corpora")
+    calls = []
+
+    def run(command, *, cwd, env, check):
+        calls.append((command[1:3], cwd, env["IRTUNE_DATA"], check))
+        Path(command[-1]).write_text("{}")
+
+    monkeypatch.setattr(before_after.subprocess, "run", run)
+    assert before_after.measure(tmp_path, tmp_path / "found.json", ["--sides", "ac"]) == {}
+    ((program, place, data, check),) = calls
+    assert program == (["-m", "benchmarks.speed"] if now else ["benchmarks/speed.py", "--recipe"])
+    assert place == tmp_path and data == str(Path("corpora").resolve()) and check
+
+
+@pytest.mark.quick
 def test_before_and_after_are_measured_by_turns(tmp_path, monkeypatch, capsys):
     if not (ROOT / ".git").exists():
         pytest.skip("the sources are not in a git repository")
@@ -336,6 +356,9 @@ def test_before_and_after_are_measured_by_turns(tmp_path, monkeypatch, capsys):
     assert before_after.main(["HEAD", "--sides", "ac"]) == 0
     assert trees == [(False, True, ["--sides", "ac"]), (True, True, ["--sides", "ac"])] * before_after.TURNS
     assert "| a/c | 1.000 | 2.000 | +100.0% |  |" in capsys.readouterr().out
+    monkeypatch.setattr(before_after, "measure", lambda *_: _result(a=[1.0]))
+    assert before_after.main(["HEAD", "--sides", "a"]) == 2
+    assert "no ratio to compare; --sides needs one of abh and one of cdg" in capsys.readouterr().err
     assert before_after.main(["no-such-commit"]) == 2 and "'no-such-commit' cannot be" in capsys.readouterr().err
     assert before_after.main(["--sides", "ac"]) == 2 and "name the commit" in capsys.readouterr().err
     assert _worktrees() == worktrees

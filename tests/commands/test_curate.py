@@ -18,7 +18,10 @@ LABELS = dict(zip(OF_X, ["A", "A", "A", "A", "B", "B", "B", "B"]))  # A is x, B 
 
 def write(folder, rows):
     for split, texts in rows.items():
-        lines = [{"old": text, "new": f"{text}!", "kind": kind, "doc": f"d{text}"} for text, kind in texts.items()]
+        lines = [
+            {"old": text, "new": f"{text}!", "kind": kind, "doc": f"d{text}", "near": f"by {text}"}
+            for text, kind in texts.items()
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -33,7 +36,7 @@ def folds(tmp_path):
         place.mkdir(parents=True)
         config = load_config([
             f"--data.path={corpus}", f"--data.fold={fold}/2", "--data.before=old", "--data.after=new",
-            "--data.label=kind", "--data.group=doc", "--data.labels={A: x, B: y}",
+            "--data.label=kind", "--data.group=doc", "--data.context=near", "--data.labels={A: x, B: y}",
         ])  # fmt: skip
         write_config(config, place / "config.yaml")
         data = read_corpus(config.data)

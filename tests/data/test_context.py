@@ -1,6 +1,7 @@
 """Text around a revision (data.context): where it goes, what is cut of it, and that every command reads it."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from irtune.cli import main
-from irtune.config import DataConfig, load_config
+from irtune.commands.export.card import model_card
+from irtune.config import DataConfig, ModelConfig, load_config
+from irtune.config.checks import needed_mask
 from irtune.config.template import template_pieces, template_problems
 from irtune.data import Encoder, Example, read_corpus
 from irtune.data.corpus import corpus_digest
@@ -62,7 +65,7 @@ def test_the_context_comes_first_and_loses_its_start(llama, form):
 @pytest.mark.quick
 @given(
     around=st.text(alphabet="ab [-]{+}<>", max_size=80),
-    size=st.integers(1, 60),
+    size=st.integers(1, 4) | st.integers(5, 60),
     form=st.sampled_from(["diff", "tagged"]),
 )
 def test_masks_leave_the_context_out(around, size, form):
@@ -91,15 +94,22 @@ def test_a_template_holds_the_context_in_front():
     (said,) = template_problems("{context} {before}", pair=False)
     assert "{context}; accepted: {before} and {labels}, since data.after is null" in said
     (said,) = template_problems("{context} {before} {after}", pair=True)
-    assert "{context}; accepted: {before}, {after} and {labels}" in said
+    assert "{context}; accepted: {before}, {after} and {labels} ({context} needs data.context)" in said
 
 
 @pytest.mark.quick
-def test_a_context_that_is_another_column_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"data\.before, data\.after, data\.label and data\.context must be different columns"
-    ):
-        load_config(["--data.path", "x", "--data.context", "label"])
+@pytest.mark.parametrize(
+    "column, said",
+    [
+        *((name, r"data\.before, data\.after, data\.label and data\.context must be different") for name in
+          ("before", "after", "label")),
+        ("id", r"data\.id is 'id', the column of data\.context already"),
+        ("importance", r"data\.weight is 'importance', a column that is a text"),
+    ],
+)  # fmt: skip
+def test_a_context_that_is_another_column_is_refused(column, said):
+    with pytest.raises(ConfigError, match=said):
+        load_config(["--data.path", "x", "--data.weight", "importance", "--data.context", column])
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +144,40 @@ def test_a_corpus_with_context(around, tmp_path):
         read_corpus(DataConfig(path=str(tmp_path), context="around", dev_fraction=0.5))
 
 
+@pytest.mark.quick
+def test_stats_tell_texts_apart_by_their_context(around, capsys):
+    given = ["data", "stats", "--data", str(around), "--json"]
+    assert main([*given, "--data.context", "around"]) == 0
+    found = json.loads(capsys.readouterr().out)["splits"]["train"]
+    assert (found["contradictions"], found["duplicates"], found["characters_context"]["longest"]) == (0, 46, 6)
+    assert main(given) == 0
+    found = json.loads(capsys.readouterr().out)["splits"]["train"]
+    assert (found["contradictions"], found["duplicates"]) == (1, 47) and "characters_context" not in found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("prompt, pooling", [("plain", "class"), ("diff", "mean+edit")])
+@pytest.mark.parametrize("form", ["merged", "onnx"])
+def test_code_without_irtune_is_not_given_for_a_text_with_context(bpe, prompt, pooling, form):
+    results = {
+        "dev": {"per_class": {name: {} for name in LABELS}, "examples": 1, "accuracy": 1, "macro_f1": 1, "auprc": 1},
+        "steps": 1, "steps_per_layer": [1], "num_layers": 1, "layers_trained_per_step": 1.0,
+        "versions": {"irtune": "0"},
+    }  # fmt: skip
+    cards = []
+    for column in (None, "around"):
+        data = DataConfig(path="x", prompt=prompt, context=column)
+        model = ModelConfig(name_or_path=str(bpe), pooling=pooling)
+        encoder = Encoder(AutoTokenizer.from_pretrained(bpe), data, LABELS, mask=needed_mask(model))
+        cards.append(model_card(_config(model, data), results, encoder, form=form, more=""))
+    own = "context=CONTEXT" if form == "merged" else "# batch: what irtune makes of texts"
+    assert own not in cards[0] and own in cards[1]
+
+
+def _config(model, data):
+    return dataclasses.replace(load_config(["--data.path=x"]), model=model, data=data)
+
+
 @pytest.fixture(scope="module")
 def run(llama, around, tmp_path_factory):
     folder = tmp_path_factory.mktemp("context") / "run"
@@ -161,6 +205,17 @@ def test_a_run_without_context_takes_none(base, run, corpus, capsys):
     assert main(["predict", "--run", str(base), *given, "--context", "around"]) == 2
     said = capsys.readouterr().err
     assert "--context 'around': the run was trained without context (data.context is null); leave it out" in said
+
+
+def test_evaluate_and_select_read_it(run, around, tmp_path, capsys):
+    given = ["evaluate", "--run", str(run), "--data", str(around), "--split", "dev", "--json"]
+    assert main([*given, "--output_dir", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1.0
+    texts = tmp_path / "candidates.jsonl"
+    texts.write_text('{"before": "A", "after": "B", "around": "school"}\n{"before": "A", "after": "B", "near": "c"}\n')
+    given = ["--method", "uncertainty", "--count", "1", "--output", str(tmp_path / "best.jsonl")]
+    assert main(["data", "select", "--run", str(run), "--candidates", str(texts), *given]) == 2
+    assert "row 2: no column 'around'" in capsys.readouterr().err
 
 
 def test_pseudo_labels_keep_it(run, around, tmp_path, capsys):

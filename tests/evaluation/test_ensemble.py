@@ -89,8 +89,17 @@ def test_runs_with_other_labels_are_refused(runs, corpus, tmp_path, capsys):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_runs_on_other_kinds_of_texts_are_refused(runs, llama, corpus, tmp_path, capsys):
-    single = finished_run(tmp_path / "single", llama, corpus, data__after="null")
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"data__after": "null"}, "reads pairs and the other single texts (data.after)"),
+        ({"data__context": "id"}, "reads context and the other none (data.context)"),
+    ],
+)
+def test_runs_on_other_kinds_of_texts_are_refused(runs, llama, corpus, tmp_path, capsys, other, said):
+    if "data__context" in other:
+        other |= {"data__id": "number"}
+    single = finished_run(tmp_path / "single", llama, corpus, **other)
     command = ["evaluate", "--run", str(runs[0]), "--run", str(single), "--data", str(corpus), "--output_dir"]
     assert main([*command, str(tmp_path / "out")]) == 2
-    assert "reads pairs and the other single texts (data.after)" in capsys.readouterr().err
+    assert said in capsys.readouterr().err

@@ -201,12 +201,12 @@ def _write(folder: Path, rows: list[dict[str, Any]], kept: Tables, data: DataCon
         lines = []
         for record in records:
             cells = {
+                data.group: record.group,  # which may be one of the texts
                 data.id: _name(record, split),
                 data.before: record.before,
                 data.after: record.after,
                 data.context: record.context,
                 data.label: record.raw,
-                data.group: record.group,
                 data.weight: record.weight,
             }
             lines.append(to_json({name: cell for name, cell in cells.items() if name is not None}) + "\n")

@@ -92,7 +92,7 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
     documents: dict[str, set[str]] = defaultdict(set)
     for split, examples in corpus.splits.items():
         for example in examples:
-            pairs[example.before, example.after].add(split)
+            pairs[example.before, example.after, example.context].add(split)
             if example.group is not None:
                 documents[example.group].add(split)
     shared = [places for places in pairs.values() if len(places) > 1]
@@ -107,7 +107,8 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
 def _split(examples: Sequence[Example], corpus: Corpus) -> dict[str, Any]:
     seen: dict[tuple, list] = defaultdict(list)
     for example in examples:
-        seen[example.before, example.after].append(example.label)
+        seen[example.before, example.after, example.context].append(example.label)
+    contexts = [example.context for example in examples if example.context is not None]
     repeated = [numbers for numbers in seen.values() if len(numbers) > 1]
     counts = Counter(number for example in examples for number in corpus.task.numbers(example.label))
     return {
@@ -115,6 +116,7 @@ def _split(examples: Sequence[Example], corpus: Corpus) -> dict[str, Any]:
         "labels": {name: counts[number] for number, name in enumerate(corpus.labels)},
         "characters_before": _quantiles([len(example.before) for example in examples]),
         "characters_after": _quantiles([len(example.after or "") for example in examples]),
+        **({"characters_context": _quantiles(list(map(len, contexts)))} if contexts else {}),
         "empty_before": sum(not example.before for example in examples),
         "empty_after": sum(example.after == "" for example in examples),
         "unchanged": sum(example.before == example.after for example in examples),
@@ -133,7 +135,7 @@ def _text(found: dict[str, Any], labels: Sequence[str]) -> str:
     header = ["", *splits]
     rows = [["rows", *(str(values["rows"]) for values in splits.values())]]
     rows += [[f"  {label}", *(str(v["labels"][label]) for v in splits.values())] for label in labels]
-    for name in ("characters_before", "characters_after", "tokens"):
+    for name in ("characters_before", "characters_after", "characters_context", "tokens"):
         if all(name in values for values in splits.values()):
             for part in ("median", "p99", "longest"):
                 rows.append([f"{name.replace('_', ' ')}, {part}", *(f"{v[name][part]:.0f}" for v in splits.values())])

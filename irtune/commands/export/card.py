@@ -100,7 +100,8 @@ def model_card(
         heading=task.heading,
         classes=", ".join(labels),
         data=data.preset or Path(data.path or data.train or "").name,
-        texts="pairs of texts before and after a revision" if data.after else "single texts",
+        texts=("pairs of texts before and after a revision" if data.after else "single texts")
+        + (" with the text around them" if data.context else ""),
         length=data.max_length,
         prompt="a template of its own" if data.template is not None else f"prompt `{data.prompt}`",
         pooling=f" The class is read by pooling `{config.model.pooling}`." if pooled else "",

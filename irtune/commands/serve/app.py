@@ -193,6 +193,6 @@ def read_examples(content: bytes, *, names: Sequence[str], limits: Limits, blank
         longest = max(map(len, written.values()))
         if longest > CHARACTERS:
             raise RequestError(413, f"texts[{number}] has {longest:,} characters; accepted: up to {CHARACTERS:,}")
-        texts = (written["before"], written.get("after"))
-        examples.append(Example(str(number), *texts, blank, context=written.get("context")))
+        before, after, context = (written.get(name) for name in ("before", "after", "context"))
+        examples.append(Example(str(number), before or "", after, blank, context=context))
     return examples

@@ -21,9 +21,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parser(
         "serve",
         'Answer over HTTP. POST /predict takes {"texts": [...]}, each a text, or for pairs {"before": "...", "after": '
-        '"..."}, and returns what is predicted and the probabilities of each; requests that wait are computed '
-        "together. GET / says what the model is, and GET /health whether it answers. Only this machine can reach it "
-        "unless --host says otherwise; there is no login.",
+        '"..."}, with "context" where the run reads one, and returns what is predicted and the probabilities of each; '
+        "requests that wait are computed together. GET / says what the model is, and GET /health whether it answers. "
+        "Only this machine can reach it unless --host says otherwise; there is no login.",
         "python -m irtune serve --run runs/mine",
     )
     add_run(options)

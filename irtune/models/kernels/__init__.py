@@ -95,7 +95,7 @@ def without_flash_on_cpu(model: Any) -> Iterator[None]:
 def shorten_on_cpus(model: nn.Module, *, compiled: bool) -> None:
     """Let a training step in bf16 on CPUs go over memory less often: norms and rotary embeddings, in place.
 
-    Together they save 7 % of a step of SmolLM2 (80 of 1,355 ms, `python -m benchmarks.speed --sides a --profile a`).
+    Together they save 6 % of a step of SmolLM2 (80 of 1,355 ms, `python -m benchmarks.speed --sides a --profile a`).
     Of layers that are `compiled`, norms only: torch.compile cannot see through the other rotation, and fuses its own.
     """
     shorten_norms(model)

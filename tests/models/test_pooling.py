@@ -29,7 +29,7 @@ from irtune.models.pooling import HEAD_NAME, Pooling, pool, pool_sides, pooling_
 from tests.support import tiny
 from tests.support.finished import finished_run
 from tests.support.ranks import run_ranks
-from tests.support.runs import launch, losses
+from tests.support.runs import cut_back, launch, losses
 
 CROSS = {"model__head": "cross", "model__pooling": "mean", "data__prompt": "tagged"}
 KINDS = ("last", "mean", "edit", "mean+edit", "last+edit")
@@ -374,10 +374,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(bpe, corpus, tmp_path, mor
     first = config_of(bpe, corpus, tmp_path / "whole", optim__max_steps=4, run__eval_every=2, **more)
     whole = launch(first, 1)
     again = dataclasses.replace(first, run=dataclasses.replace(first.run, output_dir=str(tmp_path / "parts")))
-    shutil.copytree(whole, tmp_path / "parts")
-    (tmp_path / "parts/results.json").unlink()
-    shutil.rmtree(tmp_path / "parts/checkpoints/step_4")
-    (tmp_path / "parts/checkpoints/latest").write_text("step_2")
+    cut_back(whole, tmp_path / "parts", last=4, kept=2)
     assert losses(launch(again, 1)) == losses(whole)
     run = load_run(tmp_path / "parts", torch.device("cpu"))
     told = json.loads((tmp_path / "parts/results.json").read_text())["dev"]

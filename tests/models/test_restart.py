@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from irtune.errors import ConfigError, ModelError
 from irtune.evaluation.metrics import metrics
 from irtune.evaluation.saved_run import load_run
 from irtune.models import load_classifier
-from tests.support.runs import launch, losses
+from tests.support.runs import cut_back, launch, losses
 from tests.support.tiny import tiny_config
 
 OWN = {"adapter__type": "none", "adapter__dtype": "model", "model__restart_layers": 1, "optim__max_steps": 4}
@@ -98,8 +97,5 @@ def test_a_stopped_run_goes_on_with_them(llama, corpus, tmp_path):
     first = tiny_config(llama, corpus, tmp_path / "whole", run__eval_every=2, **OWN)
     whole = launch(first, 1)
     again = dataclasses.replace(first, run=dataclasses.replace(first.run, output_dir=str(tmp_path / "parts")))
-    shutil.copytree(whole, tmp_path / "parts")
-    (tmp_path / "parts/results.json").unlink()
-    shutil.rmtree(tmp_path / "parts/checkpoints/step_4")
-    (tmp_path / "parts/checkpoints/latest").write_text("step_2")
+    cut_back(whole, tmp_path / "parts", last=4, kept=2)
     assert losses(launch(again, 1)) == losses(whole)

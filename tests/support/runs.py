@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,6 +92,14 @@ def losses(folder: Path) -> list[float]:
 
 def selections(folder: Path) -> list[list[int]]:
     return [json.loads(line)["selected"] for line in (folder / "selection.jsonl").read_text().splitlines()]
+
+
+def cut_back(whole: Path, parts: Path, last: int, kept: int) -> None:
+    """Copy the finished run `whole` to `parts`, as if it had been stopped after step `kept` instead of `last`."""
+    shutil.copytree(whole, parts)
+    (parts / "results.json").unlink()
+    shutil.rmtree(parts / f"checkpoints/step_{last}")
+    (parts / "checkpoints/latest").write_text(f"step_{kept}")
 
 
 def launch(config, world: int, whole: bool = False) -> Path:
